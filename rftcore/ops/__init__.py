@@ -1,0 +1,5 @@
+"""Operations: a file per op, each with its contract, its plain-PyTorch reference and its backends."""
+
+from rftcore.ops.sampler_step import Coefficient, SamplerStep, sampler_step, sampler_step_reference
+
+__all__ = ["Coefficient", "SamplerStep", "sampler_step", "sampler_step_reference"]

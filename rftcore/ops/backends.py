@@ -1,0 +1,81 @@
+"""Which implementation of an op serves an input, and in words why the others do not."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op's backends, in order of preference, each with its `not_supported_reasons(*inputs) -> list[str]`.
+
+    `example(device, dtype)` gives representative inputs for `rftcore info`.
+    """
+
+    name: str
+    not_supported_reasons: dict[str, Callable[..., list[str]]]
+    example: Callable[[str, torch.dtype], tuple] = field(repr=False)
+
+    def choose(self, backend: str, *inputs) -> str:
+        """The name of the backend that serves `inputs`: the first without reasons, or the one asked for."""
+        if backend == "auto":
+            for name, not_supported_reasons in self.not_supported_reasons.items():
+                if not not_supported_reasons(*inputs):
+                    return name
+            raise RuntimeError(f"{self.name}: no backend serves this input. {self.explain(*inputs)}")
+        if backend not in self.not_supported_reasons:
+            known = ", ".join(repr(name) for name in ("auto", *self.not_supported_reasons))
+            raise ValueError(f"{self.name}: backend={backend!r} is unknown; choose one of {known}.")
+        if reasons := self.not_supported_reasons[backend](*inputs):
+            raise RuntimeError(
+                f"{self.name}: backend={backend!r} cannot serve this input: {'; '.join(reasons)}. "
+                'backend="auto" takes the first that can; `rftcore info` lists them.'
+            )
+        return backend
+
+    def explain(self, *inputs) -> str:
+        """A sentence for each backend that cannot serve `inputs`."""
+        refusals = ((name, reasons(*inputs)) for name, reasons in self.not_supported_reasons.items())
+        return " ".join(f"{name}: {'; '.join(reasons)}." for name, reasons in refusals if reasons)
+
+
+OPS: dict[str, Op] = {}
+
+
+def register(op: Op) -> Op:
+    """Adds `op` to the table that `rftcore info` prints."""
+    OPS[op.name] = op
+    return op
+
+
+def transform_reasons() -> list[str]:
+    """Why a compiled backend cannot serve any input here: it has no rule for a functorch transform or a dual number."""
+    if torch.compiler.is_compiling():
+        return []
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return ["a functorch transform (vmap, grad, jvp, ...) is active"]
+    if forward_ad._current_level >= 0:
+        return ["forward-mode differentiation is active"]
+    return []
+
+
+def is_plain(*tensors: torch.Tensor | None) -> bool:
+    """Whether these tensors may be handed to a compiled function as raw pointers, past PyTorch's dispatcher.
+
+    Fake, meta and zero tensors, subclasses, lazy negation and dispatch modes need the dispatcher; a raw pointer taken
+    from them is null or holds other numbers than the tensor.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    return all(
+        t is None
+        or (
+            type(t) in (torch.Tensor, Parameter)
+            and not (t.is_neg() or t.is_conj() or t._is_zerotensor())
+            and (t.data_ptr() != 0 or t.numel() == 0)
+        )
+        for t in tensors
+    )
