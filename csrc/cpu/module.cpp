@@ -1,0 +1,19 @@
+// rftcore._cpu
+#include <pybind11/pybind11.h>
+
+#include "../common/sampler_step_binding.h"
+#include "sampler_step.h"
+#include "simd.h"
+
+PYBIND11_MODULE(_cpu, module) {
+  module.doc() = "Ops on CPU tensors, by address.";
+  module.def("build_info", [] {
+    pybind11::dict info;
+    info["compiler"] = RFTCORE_COMPILER;
+    info["flags"] = RFTCORE_FLAGS;
+    info["simd"] = rftcore::simd_level();
+    info["cuda"] = RFTCORE_CUDA_STATUS;
+    return info;
+  });
+  rftcore::sampler_step::bind<int64_t>(module, rftcore::cpu::sampler_step_forward, rftcore::cpu::sampler_step_backward);
+}

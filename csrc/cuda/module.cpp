@@ -1,0 +1,18 @@
+// rftcore._cuda. Importing it needs no driver: the runtime is linked in and touches the GPU on the first launch.
+#include <pybind11/pybind11.h>
+
+#include "../common/sampler_step_binding.h"
+#include "sampler_step.h"
+
+PYBIND11_MODULE(_cuda, module) {
+  module.doc() = "Ops on CUDA tensors, by address.";
+  module.def("build_info", [] {
+    pybind11::dict info;
+    info["compiler"] = RFTCORE_CUDA_COMPILER;
+    info["flags"] = RFTCORE_CUDA_FLAGS;
+    info["architectures"] = RFTCORE_CUDA_ARCHITECTURES;
+    return info;
+  });
+  rftcore::sampler_step::bind<uintptr_t>(module, rftcore::cuda::sampler_step_forward,
+                                         rftcore::cuda::sampler_step_backward);
+}

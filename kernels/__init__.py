@@ -1,0 +1,1 @@
+"""Triton kernels, a file per op. Installed as `rftcore.kernels`; importing this package does nothing."""
