@@ -1,0 +1,123 @@
+"""The `rftcore` command: one message and an exit status for what a user can mend, a traceback for a bug."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from jsonargparse import ArgumentError, ArgumentParser
+
+from rftcore import __version__
+from rftcore.prompts import PromptsError
+from rftcore.rewards import RewardSpecError
+from rftcore.training import recipes
+from rftcore.training.config import ALGORITHMS
+from rftcore.training.errors import Interrupted, RunError, UsageError, nearest
+from rftcore.training.parsing import add_options, build
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0, 1 (the run failed), 2 (usage), 128 + signal (stopped)."""
+    # A console script has its own folder on the path, not the one it is called from, where the user's reward is.
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        return _run(_parse(sys.argv[1:] if arguments is None else list(arguments)))
+    except (UsageError, PromptsError, RewardSpecError) as error:
+        return _fail(error, 2)
+    except RunError as error:
+        return _fail(error, 1)
+    except Interrupted as error:
+        return _fail(error, 128 + error.signal_number)
+    except KeyboardInterrupt:
+        return _fail("interrupted; a checkpoint saved before is still there", 130)
+
+
+def _fail(message: object, status: int) -> int:
+    print(f"rftcore: error: {message}", file=sys.stderr)
+    return status
+
+
+def _parser() -> ArgumentParser:
+    parser = _subparser("Reward fine-tuning of diffusion models.", prog="rftcore", version=__version__)
+    commands = parser.add_subcommands(required=True, dest="command")
+
+    train = _subparser("Fine-tune a pipeline on a reward.")
+    commands.add_subcommand("train", train, help="fine-tune a pipeline on a reward")
+    algorithms = train.add_subcommands(required=True, dest="algorithm")
+    for name, kind in ALGORITHMS.items():
+        algorithm = _subparser(kind.__doc__)
+        add_options(algorithm, kind)
+        algorithms.add_subcommand(name, algorithm, help=kind.__doc__)
+
+    configs = _subparser("The recipes that ship with rftcore.")
+    commands.add_subcommand("configs", configs, help="list or copy the shipped recipes")
+    actions = configs.add_subcommands(required=True, dest="action")
+    actions.add_subcommand("ls", _subparser("List the recipes."), help="list them")
+    copy = _subparser("Copy a recipe, to edit it and give its path to --config.")
+    copy.add_argument("name", type=str, help="the recipe")
+    copy.add_argument("target", type=str, nargs="?", default=None, help="file or folder; default: here")
+    actions.add_subcommand("cp", copy, help="copy one")
+
+    commands.add_subcommand(
+        "info",
+        _subparser("What was built, and which backend serves each op here."),
+        help="what was built, and which backend serves each op here",
+    )
+    return parser
+
+
+def _subparser(description: str | None, **settings) -> ArgumentParser:
+    return ArgumentParser(description=description, exit_on_error=False, allow_abbrev=False, **settings)
+
+
+def _parse(arguments: list[str]):
+    parser = _parser()
+    try:
+        return parser.parse_args(arguments)
+    except ArgumentError as error:
+        if isinstance(error.__cause__, UsageError):
+            raise error.__cause__ from None
+        raise UsageError(_with_nearest(" ".join(str(error).split()), parser, arguments)) from error
+
+
+def _with_nearest(message: str, parser: ArgumentParser, arguments: list[str]) -> str:
+    """Adds the right flag to jsonargparse's complaint about a wrong one."""
+    if "ecognized arguments" not in message:
+        return message
+    known = _flags_of(parser, arguments)
+    words = [word.split("=")[0] for word in arguments if word.startswith("-")]
+    hints = [f"{word}: {nearest(word, known)}" for word in words if word not in known]
+    return "unknown flag " + "; ".join(hints) if hints else message
+
+
+def _flags_of(parser: ArgumentParser, arguments: list[str]) -> set[str]:
+    """The flags of the subcommand that the arguments reached."""
+    for word in arguments:
+        for action in parser._actions:
+            if isinstance(action.choices, dict) and word in action.choices:
+                parser = action.choices[word]
+                break
+    return {flag for action in parser._actions for flag in action.option_strings}
+
+
+def _run(namespace) -> int:
+    if namespace.command == "info":
+        from rftcore.build import format_info
+
+        print(format_info())
+    elif namespace.command == "configs" and namespace.configs.action == "ls":
+        for name in recipes.names():
+            print(f"{name:<16} {recipes.description(name)}")
+    elif namespace.command == "configs":
+        print(f"wrote {recipes.copy(namespace.configs.cp.name, namespace.configs.cp.target)}")
+    else:
+        algorithm = namespace.train.algorithm
+        values = namespace.train[algorithm].as_dict()
+        config = build(ALGORITHMS[algorithm], {key: value for key, value in values.items() if key != "config"})
+        # Only now is torch worth its seconds: the request is known to be sound.
+        from rftcore.training.trainer import Trainer
+
+        Trainer(config).train()
+    return 0

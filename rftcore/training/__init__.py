@@ -1,0 +1,22 @@
+"""The training loop around the sampler and the losses: config, engine, resume, reports."""
+
+from importlib import import_module
+
+# Looked up on first use: the config classes are read by `--help`, which must not wait for torch.
+_HOME = {
+    "DraftConfig": "rftcore.training.config",
+    "Interrupted": "rftcore.training.errors",
+    "RunError": "rftcore.training.errors",
+    "Trainer": "rftcore.training.trainer",
+    "UsageError": "rftcore.training.errors",
+    "load_config": "rftcore.training.parsing",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value

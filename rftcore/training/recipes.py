@@ -1,0 +1,50 @@
+"""The shipped recipes: YAML files found by name, or any file found by path."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from rftcore.training.errors import UsageError, nearest
+
+RECIPES = Path(__file__).parent.parent / "configs"
+
+
+def names() -> list[str]:
+    """Names of the recipes in the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def description(name: str) -> str:
+    """A recipe's first comment line: what it does."""
+    first_line = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").splitlines()[0]
+    return first_line.removeprefix("#").strip()
+
+
+def find(name_or_path: str) -> Path:
+    """The file that a recipe's name, or a path, stands for. Raises: UsageError when there is none."""
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
+        raise UsageError(f"--config {name_or_path}: there is no such file")
+    if name_or_path not in names():
+        raise UsageError(
+            f"--config {name_or_path}: neither a file nor a recipe; {nearest(name_or_path, names())} "
+            "(rftcore configs ls lists the recipes)"
+        )
+    return RECIPES / f"{name_or_path}.yaml"
+
+
+def copy(name: str, target: str | None) -> Path:
+    """Copies a recipe to `target` (a file or folder; default: here), to be edited. Raises: UsageError."""
+    if name not in names():
+        raise UsageError(f"there is no recipe {name!r}; {nearest(name, names())}")
+    path = Path(target) if target else Path(f"{name}.yaml")
+    if path.is_dir():
+        path = path / f"{name}.yaml"
+    if path.exists():
+        raise UsageError(f"{path} exists already; name another file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(RECIPES / f"{name}.yaml", path)
+    return path

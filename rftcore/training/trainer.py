@@ -1,0 +1,344 @@
+"""The training loop: one for every algorithm, on one process or many, resumable at every step."""
+
+from __future__ import annotations
+
+import io
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers import StableDiffusionPipeline
+from diffusers.optimization import get_scheduler
+from PIL import Image
+
+from rftcore import prompts as prompt_sources
+from rftcore import rewards
+from rftcore.sampling import RewardError
+from rftcore.training import checkpoint, environment, lora, parsing, pipeline, report
+from rftcore.training.accounting import Stopwatch, peak_gib
+from rftcore.training.batches import SamplePlan, derived_seed
+from rftcore.training.checkpoint import Progress, Trained
+from rftcore.training.config import RunConfig, batch_shares
+from rftcore.training.engine import Engine
+from rftcore.training.errors import Interrupted, RunError, UsageError
+from rftcore.training.guards import check_adapters_learn
+from rftcore.training.interruption import StopRequest
+from rftcore.training.methods import METHODS, StepRecord
+from rftcore.training.progress_bar import ProgressBar
+from rftcore.training.run_directory import RunDirectory
+from rftcore.training.validation import Mean, Validation, before_after
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Trainer:
+    """Fine-tunes a pipeline's LoRA on a reward.
+
+    Args:
+        config: one of the config classes of `rftcore.training.config`; its class chooses the algorithm.
+        reward: a function that replaces `config.reward.function`.
+        held_out_reward: a function that replaces `config.eval.held_out_reward`.
+        pipeline: replaces `config.model`. It is used in place and keeps its dtype; it loses its text encoder and gains
+            the adapter.
+
+    Raises:
+        UsageError, rftcore.rewards.RewardSpecError, rftcore.prompts.PromptsError: when the request cannot work. Nothing
+            has been written by then.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        *,
+        reward: Callable | None = None,
+        held_out_reward: Callable | None = None,
+        pipeline: StableDiffusionPipeline | None = None,
+    ) -> None:
+        self._started = time.perf_counter()
+        config.validate()
+        self.config = config
+        self.judges = _judges(config, reward, held_out_reward)
+        train_prompts = prompt_sources.load(config.prompts)
+        self.validation_prompts = prompt_sources.load(config.eval.validation_prompts)
+        self.directory = RunDirectory(config.output_dir)
+        self._resume_from = self._find_start()
+        self.accelerator = _accelerator(config)
+        batch_shares(config, self.accelerator.num_processes)
+        self._build(train_prompts, pipeline)
+        self.progress = Progress()
+        if self._resume_from is not None:
+            self.progress = checkpoint.load(self._resume_from, self._trained, config)
+        self._seconds_before = self.progress.counters.wall_clock_s
+
+    def _find_start(self) -> Path | None:
+        """The checkpoint to go on from, or None in a free output folder; every process looks before any writes."""
+        if self.config.resume_from_checkpoint is None:
+            self.directory.check_free()
+            return None
+        found = checkpoint.find(self.config.resume_from_checkpoint, self.directory.path)
+        if found.resolve().parent != self.directory.path.resolve():
+            self.directory.check_free()
+        return found
+
+    def _build(self, train_prompts: list[str], given: StableDiffusionPipeline | None) -> None:
+        config, device = self.config, self.accelerator.device
+        pipe = given if given is not None else pipeline.load(config.model, DTYPES[config.mixed_precision])
+        pipeline.check(pipe)
+        self._base_model = str(pipe.name_or_path if given is not None else config.model.pretrained_model_name_or_path)
+        sample_size = pipeline.sample_size(pipe, config.sampling)
+        embeddings = pipeline.encode_prompts(
+            pipe, [*train_prompts, *self.validation_prompts], config.sampling.negative_prompt, device
+        )
+        lora.attach(pipe.unet, config.lora, config.seed)
+        optimizer = torch.optim.AdamW(
+            lora.trainable(pipe.unet).values(),
+            lr=config.train.learning_rate,
+            betas=(config.train.adam_beta1, config.train.adam_beta2),
+            weight_decay=config.train.adam_weight_decay,
+            eps=config.train.adam_epsilon,
+        )
+        # Not prepared: accelerate would step it once for every process.
+        self.lr_scheduler = get_scheduler(
+            config.train.lr_scheduler, optimizer, config.train.lr_warmup_steps, config.train.max_train_steps
+        )
+        unet, self.optimizer = self.accelerator.prepare(pipe.unet, optimizer)
+        self.engine = Engine(
+            accelerator=self.accelerator,
+            unet=unet,
+            vae=pipe.vae.to(device).requires_grad_(False).eval(),
+            scheduler=pipeline.scheduler(pipe, config.sampling),
+            embeddings=embeddings,
+            plan=SamplePlan(train_prompts, config.train.batch_size, config.seed),
+            sample_size=sample_size,
+            reward=self.judges[0],
+            config=config,
+            clock=Stopwatch(device),
+        )
+        self.method = METHODS[config.algorithm](self.engine)
+        self.validation = Validation(self.engine, self.method.sampler, self.validation_prompts, self.judges)
+        self._trained = Trained(self.engine.model, self.optimizer, self.lr_scheduler, self.accelerator.scaler)
+
+    def train(self) -> dict[str, Any]:
+        """Runs to `max_train_steps` and returns what results.json holds.
+
+        Raises:
+            RunError: when training cannot go on; the last checkpoint stays.
+            Interrupted: after SIGINT or SIGTERM, once a checkpoint and the LoRA are saved.
+        """
+        self._open()
+        first, last = self.progress.step + 1, self.config.train.max_train_steps
+        self.bar = ProgressBar(last, self.progress.step, enabled=self.accelerator.is_main_process)
+        try:
+            with StopRequest() as stop:
+                if self.progress.step == 0 and 0 not in self.progress.evaluations:
+                    self._evaluate()
+                self._stop_if_asked(stop)
+                for step in range(first, last + 1):
+                    self._step(step, is_first=step == first)
+                    if self._evaluation_due(step):
+                        self._evaluate()
+                    if step % self.config.checkpointing_steps == 0 or step == last:
+                        self._save_checkpoint()
+                    self._stop_if_asked(stop)
+                return self._finish()
+        except RewardError as error:
+            raise RunError(str(error)) from error
+        finally:
+            self.bar.close()
+
+    def _open(self) -> None:
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.directory.write("config.yaml", parsing.to_yaml(self.config))
+            self.directory.write("env.json", environment.describe(self.accelerator.num_processes))
+            self.directory.rewind_metrics(self.progress.step)
+        if self.config.report_to is not None:
+            # A resumed run writes the steps after its checkpoint again: the old ones are not to be shown twice.
+            purge = {self.config.report_to: {"purge_step": self.progress.step + 1}}
+            self.accelerator.init_trackers("", init_kwargs=purge)
+
+    def _step(self, step: int, *, is_first: bool) -> None:
+        started = time.perf_counter()
+        # Dropout is the only user of the global generator: seeded by the step, it needs no place in a checkpoint.
+        torch.manual_seed(derived_seed(self.config.seed, "dropout", step, self.accelerator.process_index))
+        self.engine.unet.train()
+        record = self.method.accumulate_gradients(step)
+        if is_first:
+            check_adapters_learn(self.engine.model, lambda: self._sample_again(step))
+        learning_rate = self.lr_scheduler.get_last_lr()[0]
+        with self.engine.clock.measure("train"):
+            grad_norm = self._update(step)
+        self._account(step, record, grad_norm, learning_rate, started)
+
+    def _sample_again(self, step: int) -> None:
+        part = self.engine.parts(step)[0]
+        self.engine.sample(self.method.sampler, part.prompts, part.generators)
+
+    def _update(self, step: int) -> float:
+        """Clips, steps, clears; the gradient's norm before clipping."""
+        limit = self.config.train.max_grad_norm
+        grad_norm = float(
+            self.accelerator.clip_grad_norm_(list(lora.trainable(self._trained.unet).values()), math.inf if limit is None else limit)
+        )
+        # With fp16's loss scaling an overflow is expected now and then: the scaler skips the step and lowers the scale.
+        if not math.isfinite(grad_norm) and self.accelerator.scaler is None:
+            raise RunError(
+                f"step {step}: the gradient's norm is {grad_norm}; nothing was updated. Lower train.learning_rate, set "
+                "train.max_grad_norm, or resume from the last checkpoint with mixed_precision=no"
+            )
+        self.optimizer.step()
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+        return grad_norm
+
+    def _account(self, step: int, record: StepRecord, grad_norm: float, learning_rate: float, started: float) -> None:
+        gather = self.accelerator.gather
+        scores = gather(torch.stack([record.rewards, record.saturated], dim=1)).cpu().double()  # (B, 2)
+        loss = float(gather(record.losses).cpu().double().mean())
+        peak = self._peak_gib()
+        all_rewards, saturated = scores[:, 0].tolist(), float(scores[:, 1].mean())
+        counters, name = self.progress.counters, self.judges[0].name
+        self.progress.step = step
+        counters.samples += len(all_rewards)
+        counters.reward_queries += len(all_rewards)
+        counters.unet_evaluations += record.unet_evaluations * self.accelerator.num_processes
+        counters.wall_clock_s = self._wall_clock()
+        mean = Mean.of(all_rewards)
+        seconds = self.engine.clock.take()
+        self._log(
+            {
+                f"reward/{name}/mean": mean.mean,
+                f"reward/{name}/std": mean.standard_error * math.sqrt(len(all_rewards)),
+                "train/loss": loss,
+                "train/grad_norm": grad_norm,
+                "train/lr": learning_rate,
+                "train/saturated": saturated,
+                "count/samples": counters.samples,
+                "count/reward_queries": counters.reward_queries,
+                "count/unet_evaluations": counters.unet_evaluations,
+                "time/sample_s": seconds.get("sample", 0.0),
+                "time/reward_s": seconds.get("reward", 0.0),
+                "time/train_s": seconds.get("train", 0.0),
+                "time/step_s": time.perf_counter() - started,
+                "time/wall_clock_s": counters.wall_clock_s,
+                "mem/peak_gib": peak,
+            }
+        )
+        self.bar.update(step, mean.mean, loss, peak)
+
+    def _evaluation_due(self, step: int) -> bool:
+        every = self.config.eval.validation_steps
+        return step == self.config.train.max_train_steps or (every is not None and step % every == 0)
+
+    def _evaluate(self) -> None:
+        started, step = time.perf_counter(), self.progress.step
+        scores, grid = self.validation()
+        self.engine.clock.take()
+        self.progress.evaluations[step] = scores
+        means = {name: Mean.of(values) for name, values in scores.items()}
+        if self.accelerator.is_main_process:
+            self.directory.write(self.directory.sample_grid(step), _png(grid))
+        self._log(
+            {f"eval/reward/{name}": mean.mean for name, mean in means.items()}
+            | {f"eval/reward/{name}/standard_error": mean.standard_error for name, mean in means.items()}
+            | {"time/eval_s": time.perf_counter() - started}
+        )
+        judged = "  ".join(f"{name} {mean.mean:.3f} ± {mean.standard_error:.3f}" for name, mean in means.items())
+        self.bar.note(f"step {step}: {judged} on {len(self.validation.prompts)} held-out images")
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            self.directory.append_metrics({"step": self.progress.step, **metrics})
+        self.accelerator.log(metrics, step=self.progress.step)
+
+    def _save_checkpoint(self) -> Path:
+        """Saved by the main process; the others wait, so that none leaves before the run is safe."""
+        self.progress.counters.wall_clock_s = self._wall_clock()
+        path = self.directory.path / f"checkpoint-{self.progress.step}"
+        if self.accelerator.is_main_process:
+            checkpoint.save(self.directory.path, self._trained, self.progress, self.config)
+            checkpoint.rotate(self.directory.path, self.config.checkpoints_total_limit)
+        self.accelerator.wait_for_everyone()
+        return path
+
+    def _stop_if_asked(self, stop: StopRequest) -> None:
+        """Saves and raises Interrupted once any process was signalled: all agree, after the same step."""
+        signalled = torch.tensor([stop.signal_number], device=self.accelerator.device)
+        number = int(self.accelerator.gather(signalled).max())
+        if number:
+            path = self._save_checkpoint()
+            if self.accelerator.is_main_process:
+                lora.save(self.engine.model, self.directory.path)
+            self.accelerator.end_training()
+            raise Interrupted(number, str(path))
+
+    def _finish(self) -> dict[str, Any]:
+        self.progress.counters.wall_clock_s = self._wall_clock()
+        peak, step = self._peak_gib(), self.progress.step
+        figures: dict[str, Any] = {}
+        if self.accelerator.is_main_process:
+            lora.save(self.engine.model, self.directory.path)
+            reload_error = lora.verify_reload(self.engine.model, self.directory.path)
+            figures = report.results(
+                self.config, self.progress, self.judges, len(self.validation_prompts), peak, reload_error
+            )
+            grids = [Image.open(self.directory.path / self.directory.sample_grid(at)) for at in (0, step)]
+            self.directory.write("before_after.png", _png(before_after(*grids)))
+            self.directory.write("results.json", figures)
+            self.directory.write("README.md", report.model_card(self.config, self._base_model, figures))
+            self.bar.close()
+            print(f"\n{report.table(figures)}\n\nwritten to {self.directory.path}", flush=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return figures
+
+    def _peak_gib(self) -> float:
+        """Of the process that held the most."""
+        own = torch.tensor([peak_gib(self.accelerator.device)], device=self.accelerator.device)
+        return float(self.accelerator.gather(own).max())
+
+    def _wall_clock(self) -> float:
+        return self._seconds_before + time.perf_counter() - self._started
+
+
+def _judges(
+    config: RunConfig, reward: Callable | None, held_out_reward: Callable | None
+) -> list[rewards.Reward]:
+    """The trained reward and, where there is one, the held-out judge."""
+    judges = [rewards.load(reward or config.reward.function, differentiable=config.reward.differentiable)]
+    held_out = held_out_reward or config.eval.held_out_reward
+    if held_out is not None:
+        # A judge is only measured: whether it has a gradient does not matter.
+        judges.append(rewards.load_judge(held_out))
+    if len({judge.name for judge in judges}) < len(judges):
+        raise UsageError(
+            f"the trained and the held-out reward are both named {judges[0].name!r}; a held-out judge must be another "
+            "function, with a name of its own"
+        )
+    return judges
+
+
+def _accelerator(config: RunConfig) -> Accelerator:
+    try:
+        return Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=config.report_to,
+            project_config=ProjectConfiguration(
+                project_dir=config.output_dir, logging_dir=str(RunDirectory(config.output_dir).path / "logs")
+            ),
+        )
+    except (ImportError, ValueError) as error:
+        raise UsageError(
+            f"accelerate cannot start with mixed_precision={config.mixed_precision}, report_to={config.report_to}: {error}"
+        ) from error
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
