@@ -26,6 +26,7 @@ struct Coefficients {
 struct Problem {
   int sample_dtype, output_dtype;
   int64_t batch, elements;  // elements of one sample
+  double share;             // 1 / elements
   bool guided;              // the model output is [negative; positive]
   bool coefficients_per_sample;
   Divergence divergence;
@@ -104,7 +105,7 @@ template <class T>
 RFTCORE_HOST_DEVICE BackwardWeights<T> backward_weights(const Coefficients<T>& c, const Backward& a, int64_t sample) {
   const T inverse_sigma = c.inverse_sigma();
   const auto weight = [&](const void* grad, T factor) {
-    return grad && c.sigma != T(0) ? static_cast<const T*>(grad)[sample] * factor / T(a.elements) : T(0);
+    return grad && c.sigma != T(0) ? static_cast<const T*>(grad)[sample] * factor * T(a.share) : T(0);
   };
   return {inverse_sigma, weight(a.grad_log_prob, inverse_sigma),
           weight(a.grad_distance, a.divergence == Divergence::exact ? inverse_sigma

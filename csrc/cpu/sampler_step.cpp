@@ -58,12 +58,12 @@ void store(const T* from, void* to, int64_t offset, int64_t count) {
 }
 
 template <class T>
-RFTCORE_SIMD void guide_all(const Coefficients<T>& c, const T* negative, const T* positive, T* m, int64_t count) {
+RFTCORE_SIMD void guide_all(Coefficients<T> c, const T* negative, const T* positive, T* m, int64_t count) {
   for (int64_t i = 0; i < count; ++i) m[i] = guide(c, negative[i], positive[i]);
 }
 
 template <class T>
-RFTCORE_SIMD void predict_means(const Coefficients<T>& c, const T* x, const T* m, T* mean, int64_t count) {
+RFTCORE_SIMD void predict_means(Coefficients<T> c, const T* x, const T* m, T* __restrict mean, int64_t count) {
   for (int64_t i = 0; i < count; ++i) mean[i] = predict_mean(c, x[i], m[i]);
 }
 
@@ -85,21 +85,21 @@ RFTCORE_SIMD double sum_of_scaled_squares(const T* a, const T* b, T scale, int64
   return sum;
 }
 
-// `grad_next` null: 0.
 template <class T>
-RFTCORE_SIMD void element_gradients(const Coefficients<T>& c, const BackwardWeights<T>& weights, const T* x, const T* m,
-                                    const T* next, const T* grad_next, T* grad_x, T* grad_m, int64_t count) {
+RFTCORE_SIMD void element_gradients(Coefficients<T> c, BackwardWeights<T> weights, const T* x, const T* m,
+                                    const T* next, const T* grad_next, T* __restrict grad_x, T* __restrict grad_m,
+                                    int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    const auto grad = element_gradient(c, weights, x[i], m[i], next[i], grad_next ? grad_next[i] : T(0));
+    const auto grad = element_gradient(c, weights, x[i], m[i], next[i], grad_next[i]);
     grad_x[i] = grad.sample;
     grad_m[i] = grad.output;
   }
 }
 
 template <class T>
-RFTCORE_SIMD void add_divergence_gradients(const Coefficients<T>& c, const BackwardWeights<T>& weights, Divergence kind,
-                                           const T* x, const T* m, const T* reference_m, T* grad_x, T* grad_m,
-                                           int64_t count) {
+RFTCORE_SIMD void add_divergence_gradients(Coefficients<T> c, BackwardWeights<T> weights, Divergence kind, const T* x,
+                                           const T* m, const T* reference_m, T* __restrict grad_x,
+                                           T* __restrict grad_m, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     const auto grad = divergence_gradient(c, weights, kind, x[i], m[i], reference_m[i]);
     grad_x[i] += grad.sample;
@@ -107,9 +107,10 @@ RFTCORE_SIMD void add_divergence_gradients(const Coefficients<T>& c, const Backw
   }
 }
 
-// The gradients of [negative; positive]; `positive` may be the same memory as `grad_m`.
+// From the gradient of the guided m to those of [negative; positive].
 template <class T>
-RFTCORE_SIMD void unguide_all(const Coefficients<T>& c, const T* grad_m, T* negative, T* positive, int64_t count) {
+RFTCORE_SIMD void unguide_all(Coefficients<T> c, const T* grad_m, T* __restrict negative, T* __restrict positive,
+                              int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     const T guided = c.guidance * grad_m[i];
     negative[i] = grad_m[i] - guided;
@@ -207,7 +208,12 @@ void backward_block(const Backward& a, const Block& block) {
   const T* x = load<Sample>(a.sample, block.offset, block.count, x_buffer);
   const T* m = load_output<Output>(a, c, a.model_output, block, m_buffer);
   const T* next = load<Sample>(a.next, block.offset, block.count, next_buffer);
-  const T* grad_next = a.grad_next ? load<Sample>(a.grad_next, block.offset, block.count, grad_next_buffer) : nullptr;
+  const T* grad_next = grad_next_buffer.values;
+  if (a.grad_next) {
+    grad_next = load<Sample>(a.grad_next, block.offset, block.count, grad_next_buffer);
+  } else {
+    std::fill_n(grad_next_buffer.values, block.count, T(0));
+  }
   element_gradients(c, weights, x, m, next, grad_next, grad_x.values, grad_m.values, block.count);
 
   if (a.divergence != Divergence::none && a.grad_distance) {
@@ -217,10 +223,10 @@ void backward_block(const Backward& a, const Block& block) {
   if (a.grad_sample) store<Sample>(grad_x.values, a.grad_sample, block.offset, block.count);
   if (!a.grad_output) return;
   if (a.guided) {
-    Buffer<T> negative;
-    unguide_all(c, grad_m.values, negative.values, grad_m.values, block.count);
+    Buffer<T> negative, positive;
+    unguide_all(c, grad_m.values, negative.values, positive.values, block.count);
     store<Output>(negative.values, a.grad_output, block.offset, block.count);
-    store<Output>(grad_m.values, a.grad_output, block.offset + a.batch * a.elements, block.count);
+    store<Output>(positive.values, a.grad_output, block.offset + a.batch * a.elements, block.count);
   } else {
     store<Output>(grad_m.values, a.grad_output, block.offset, block.count);
   }
