@@ -1,0 +1,218 @@
+"""From latents to images to rewards, with the gradient of the latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+CLAMPS = ("hard", "straight_through", "none")
+
+# A decoder's gradients lie near 1e-6 for an image of 512 px, below fp16's normal range. A power of two is exact.
+_GRADIENT_SCALE = 2.0**12
+
+
+class RewardError(ValueError):
+    """A reward returned something that cannot be trained on."""
+
+
+def decode(
+    vae: nn.Module | None, latents: Tensor, *, clamp: str = "hard", return_stats: bool = False
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """Decodes latents to images, with gradient.
+
+    Args:
+        vae: a diffusers autoencoder; its config's scaling, shift, latent mean/std and `force_upcast` are applied.
+            None for a pixel-space model.
+        latents: (B, C, h, w) as a sampler gives them.
+        clamp: "hard", as diffusers does, has no gradient where an image is saturated; "straight_through" clamps and
+            passes the gradient as if it did not; "none" leaves values outside [0, 1].
+        return_stats: also give {"saturated": (B,)}, the share of an image's values outside [0, 1].
+
+    Returns:
+        (B, 3, H, W) in [0, 1], in the latents' dtype.
+
+    Raises:
+        ValueError: for an unknown clamp or latents of a wrong shape.
+    """
+    if clamp not in CLAMPS:
+        raise ValueError(f"clamp={clamp!r} is not known; allowed are {', '.join(map(repr, CLAMPS))}.")
+    if latents.ndim != 4:
+        raise ValueError(f"latents has shape {tuple(latents.shape)}; it must be (B, C, h, w).")
+    images = (latents if vae is None else _decode(vae, _unscaled(vae, latents)).to(latents.dtype)) / 2 + 0.5
+    saturated = ((images < 0) | (images > 1)).flatten(1).to(images.dtype).mean(1).detach() if return_stats else None
+    if clamp == "hard":
+        images = images.clamp(0, 1)
+    elif clamp == "straight_through":
+        images = images + (images.clamp(0, 1) - images).detach()
+    return (images, {"saturated": saturated}) if return_stats else images
+
+
+def score(
+    vae: nn.Module | None,
+    latents: Tensor,
+    reward: Callable[[Tensor, Sequence[str], Any], Tensor],
+    prompts: Sequence[str],
+    metadata: Sequence[Any] | None = None,
+    *,
+    images_per_call: int = 1,
+    clamp: str = "hard",
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """Rewards of latents, differentiable, on the memory of one image.
+
+    Under grad mode each image is decoded, scored and backpropagated to its latent at once, and only that gradient is
+    kept for the backward pass. The gradient reaches `latents` alone, not the parameters of `vae` or `reward`; for a
+    reward that looks at the whole batch together use `decode`.
+
+    Args:
+        vae, latents, clamp, return_stats: as in `decode`.
+        reward: (images (b, 3, H, W) in [0, 1], prompts, metadata) -> (b,), in reward points.
+        prompts: B strings.
+        metadata: B values handed to the reward, or None.
+        images_per_call: b, how many images are decoded and scored together.
+
+    Returns:
+        (B,) rewards in the latents' dtype, and the stats if asked for.
+
+    Raises:
+        RewardError: when the reward returns a wrong shape, NaN or inf, or, under grad mode, is declared or found
+            not to be differentiable.
+        ValueError: for arguments that do not fit.
+    """
+    count = latents.shape[0]
+    if len(prompts) != count or isinstance(prompts, str):
+        raise ValueError(f"prompts must be a list of {count} strings, one for each latent, got {_describe(prompts)}.")
+    if metadata is not None and len(metadata) != count:
+        raise ValueError(f"metadata must hold one value for each of the {count} latents, got {len(metadata)}.")
+    if not isinstance(images_per_call, int) or images_per_call < 1:
+        raise ValueError(f"images_per_call={images_per_call!r} must be a whole number >= 1.")
+    differentiate = torch.is_grad_enabled() and latents.requires_grad
+    if differentiate and not getattr(reward, "differentiable", True):
+        raise RewardError(
+            f"reward {_name(reward)} is declared not differentiable (its `differentiable` is False), and a gradient is "
+            "asked for: use a differentiable reward, or a policy gradient, which samples without a gradient."
+        )
+    if torch.is_grad_enabled() and latents.is_inference():
+        raise ValueError(
+            "latents were sampled under torch.inference_mode, whose tensors no gradient can pass: sample in grad mode "
+            "to train on them, or call score under torch.no_grad() to only measure."
+        )
+
+    def evaluate(part: slice, piece: Tensor) -> tuple[Tensor, Tensor]:
+        images, stats = decode(vae, piece, clamp=clamp, return_stats=True)
+        rewards = reward(images, prompts[part], None if metadata is None else metadata[part])
+        _check_rewards(reward, rewards, prompts[part])
+        return rewards, stats["saturated"]
+
+    parts = [slice(i, i + images_per_call) for i in range(0, count, images_per_call)]
+    if differentiate:
+        rewards, saturated = _Score.apply(evaluate, reward, parts, latents)
+    else:
+        with torch.no_grad():
+            pairs = [evaluate(part, latents[part]) for part in parts]
+        rewards, saturated = (torch.cat(tensors).to(latents) for tensors in zip(*pairs, strict=True))
+    return (rewards, {"saturated": saturated}) if return_stats else rewards
+
+
+class _Score(torch.autograd.Function):
+    """Keeps only d reward / d latent, (B, C, h, w)."""
+
+    @staticmethod
+    def forward(ctx, evaluate, reward, parts: list[slice], latents: Tensor) -> tuple[Tensor, Tensor]:
+        rewards, saturated, gradients = [], [], []
+        for part in parts:
+            piece = latents[part].detach().requires_grad_()
+            with torch.enable_grad():
+                values, share = evaluate(part, piece)
+            gradients.append(_gradient(reward, values, piece))
+            rewards.append(values.detach())
+            saturated.append(share)
+        ctx.save_for_backward(torch.cat(gradients))
+        saturated = torch.cat(saturated)
+        ctx.mark_non_differentiable(saturated)
+        return torch.cat(rewards).to(latents), saturated
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_rewards: Tensor, _) -> tuple[None, None, None, Tensor]:
+        (gradients,) = ctx.saved_tensors
+        return None, None, None, grad_rewards.reshape(-1, *[1] * (gradients.ndim - 1)) * gradients
+
+
+def _gradient(reward, values: Tensor, piece: Tensor) -> Tensor:
+    """d values / d piece, per image."""
+    gradient = None
+    if values.requires_grad:
+        seed = torch.full_like(values, _GRADIENT_SCALE)
+        (gradient,) = torch.autograd.grad(values, piece, seed, allow_unused=True)
+    if gradient is None:
+        raise RewardError(
+            f"reward {_name(reward)} cut the graph: what it returned does not depend differentiably on the images. "
+            "Look for no_grad, detach, round, argmax, thresholds, PIL or NumPy in it; or use a policy gradient."
+        )
+    if not gradient.isfinite().all():
+        raise RewardError(
+            f"the gradient of reward {_name(reward)} with respect to the latents is NaN or inf, though the reward is "
+            "not: look for a square root, norm or logarithm at zero, or an overflow in fp16 (use a bf16 or fp32 VAE)."
+        )
+    return gradient / _GRADIENT_SCALE
+
+
+def _check_rewards(reward, values: Any, prompts: Sequence[str]) -> None:
+    expected = (len(prompts),)
+    if not isinstance(values, Tensor) or tuple(values.shape) != expected or not values.is_floating_point():
+        raise RewardError(
+            f"reward {_name(reward)} returned {_describe(values)}; it must return a floating-point tensor of shape "
+            f"{expected}, one value for each image."
+        )
+    finite = values.detach().isfinite().tolist()
+    if not all(finite):
+        broken = [(prompt, value) for prompt, value, ok in zip(prompts, values.tolist(), finite, strict=True) if not ok]
+        raise RewardError(
+            f"reward {_name(reward)} returned {broken[0][1]} for the prompt {broken[0][0]!r}"
+            f"{f' and {len(broken) - 1} more' if len(broken) > 1 else ''}; rewards must be finite."
+        )
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    return f"{type(value).__name__} of length {len(value)}" if hasattr(value, "__len__") else type(value).__name__
+
+
+def _name(reward) -> str:
+    return repr(getattr(reward, "__name__", type(reward).__name__))
+
+
+def _unscaled(vae: nn.Module, latents: Tensor) -> Tensor:
+    """Undoes what the training set's latents were scaled by."""
+    config = vae.config
+    latents = latents / config.scaling_factor
+    if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
+        mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std))
+        return latents * std + mean
+    if getattr(config, "shift_factor", None) is not None:
+        return latents + config.shift_factor
+    return latents
+
+
+def _decode(vae: nn.Module, latents: Tensor) -> Tensor:
+    dtype = next(vae.parameters()).dtype
+    if dtype is torch.float16 and getattr(vae.config, "force_upcast", False):
+        # SDXL's decoder overflows in fp16. The user's module stays as it is; the fp32 copy lives as long as the graph.
+        wide = {f"vae.{name}": tensor.float() for name, tensor in vae.state_dict(keep_vars=True).items()}
+        return torch.func.functional_call(_Decoder(vae), wide, (latents.float(),))
+    return vae.decode(latents.to(dtype), return_dict=False)[0]
+
+
+class _Decoder(nn.Module):
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.vae.decode(latents, return_dict=False)[0]

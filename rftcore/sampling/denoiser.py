@@ -1,0 +1,176 @@
+"""One guided evaluation of a UNet, however it is wrapped."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from rftcore.sampling.conditioning import Conditioning
+
+# `prompt_embeds` is what pipelines call it; the UNet's own argument has another name.
+_UNET_ARGUMENT = {"prompt_embeds": "encoder_hidden_states"}
+
+
+class Denoiser:
+    """Calls a UNet on a noisy sample, both branches of guidance in one batch.
+
+    Args:
+        unet: a diffusers `UNet2DConditionModel` or `UNet2DModel`, plain, PEFT-, compile-, accelerate- or DDP-wrapped.
+        cross_attention_kwargs: handed to every call, e.g. {"scale": 0.5}.
+
+    Raises:
+        TypeError: for a wrapper or model that is not served.
+    """
+
+    def __init__(self, unet: nn.Module, cross_attention_kwargs: Mapping[str, Any] | None = None) -> None:
+        if not isinstance(unet, nn.Module):
+            raise TypeError(f"unet must be a diffusers UNet module, got {type(unet).__name__}.")
+        self.ddp = _find_ddp(unet)
+        # DDP is entered once a chain (`synchronised`), not once a step: steps run on what it wraps.
+        self.module = unet if self.ddp is None else self.ddp.module
+        self.model = _unwrap(self.module)
+        _check_model(self.model)
+        self.conditional = "encoder_hidden_states" in inspect.signature(type(self.model).forward).parameters
+        self.extra = {} if cross_attention_kwargs is None else {"cross_attention_kwargs": dict(cross_attention_kwargs)}
+
+    @property
+    def config(self):
+        return self.model.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the UNet's inputs: that of its first layer, which fp32 adapters leave alone."""
+        return self._first_parameter().dtype
+
+    @property
+    def state_dtype(self) -> torch.dtype:
+        """fp32, or fp64 with an fp64 UNet."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
+    def device(self) -> torch.device:
+        return self._first_parameter().device
+
+    def _first_parameter(self) -> Tensor:
+        # The model's own `dtype` walks all of its modules; this is asked at every step.
+        return next(parameter for parameter in self.model.parameters() if parameter.is_floating_point())
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that require grad now, by their name in `module`."""
+        return {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+
+    def check_conditioning(self, conditioning: Conditioning) -> None:
+        """Raises ValueError unless the UNet takes what it is given."""
+        if self.conditional and "prompt_embeds" not in conditioning.positive:
+            raise ValueError(
+                f"prompt_embeds=None, but {type(self.model).__name__} is conditioned on text: give (B, tokens, width) "
+                "embeddings, e.g. from pipe.encode_prompt."
+            )
+        if not self.conditional and conditioning.positive:
+            raise ValueError(
+                f"{type(self.model).__name__} is unconditional and takes no {sorted(conditioning.positive)}; "
+                "call the sampler with batch_size= or latents= only."
+            )
+
+    def __call__(
+        self,
+        x: Tensor,
+        t: Tensor,
+        conditioning: dict[str, Tensor],
+        *,
+        guided: bool,
+        parameters: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
+        """The UNet's raw output.
+
+        Args:
+            x: (B, C, h, w) state, cast to the UNet's dtype here.
+            t: () or (B,) timesteps.
+            conditioning: from `Conditioning.joined`.
+            guided: run the batch twice, for [negative; positive].
+            parameters: stand-ins for the module's parameters, by name.
+
+        Returns:
+            (B, C, h, w), or (2B, C, h, w) when guided.
+        """
+        x = x.to(self.dtype)
+        if guided:
+            x = torch.cat([x, x])
+            t = torch.cat([t, t]) if t.ndim else t
+        kwargs: dict[str, Any] = {"return_dict": False, **self.extra}
+        added = {}
+        for name, tensor in conditioning.items():
+            if name in _UNET_ARGUMENT:
+                kwargs[_UNET_ARGUMENT[name]] = tensor.to(self.dtype)
+            else:
+                added[name] = tensor
+        if added:
+            kwargs["added_cond_kwargs"] = added
+        if parameters:
+            return torch.func.functional_call(self.module, dict(parameters), (x, t), kwargs)[0]
+        return self.module(x, t, **kwargs)[0]
+
+    def synchronised(self, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Calls `function` as one forward of the DDP wrapper, so that its gradients are averaged once.
+
+        DDP arms its gradient reduction in its own forward. `function` stands in for the wrapped module there, and may
+        evaluate that module as often as it likes; its outputs' backward must reach each parameter once.
+        """
+        if self.ddp is None or not torch.is_grad_enabled():
+            return function()
+        if self.ddp.mixed_precision is not None:
+            raise TypeError("DistributedDataParallel(mixed_precision=...) is not served; use autocast, or a cast UNet.")
+        module = self.ddp.module
+        self.ddp.module = _StandIn(lambda: self._within(module, function))
+        try:
+            return self.ddp(None)
+        finally:
+            self.ddp.module = module
+
+    def _within(self, module: nn.Module, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        self.ddp.module = module
+        return function()
+
+
+class _StandIn(nn.Module):
+    def __init__(self, function: Callable[[], tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, _: None) -> tuple[Tensor, ...]:
+        return self.function()
+
+
+def _find_ddp(module: nn.Module) -> DistributedDataParallel | None:
+    module = getattr(module, "_orig_mod", module)
+    if isinstance(module, DistributedDataParallel):
+        return module
+    if isinstance(module, DataParallel) or type(module).__name__ in ("FullyShardedDataParallel", "DeepSpeedEngine"):
+        raise TypeError(
+            f"unet is wrapped in {type(module).__name__}, which is not served; "
+            "use DistributedDataParallel (accelerate's default for several processes)."
+        )
+    return None
+
+
+def _unwrap(module: nn.Module) -> nn.Module:
+    module = getattr(module, "_orig_mod", module)
+    return module.get_base_model() if hasattr(module, "get_base_model") else module
+
+
+def _check_model(model: nn.Module) -> None:
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(config, "in_channels") or not hasattr(config, "out_channels"):
+        raise TypeError(
+            f"unet={type(model).__name__} is not a diffusers UNet; allowed are UNet2DConditionModel and UNet2DModel."
+        )
+    if config.in_channels != config.out_channels:
+        raise TypeError(
+            f"unet has in_channels={config.in_channels} and out_channels={config.out_channels}: inpainting models and "
+            "learned variances are not served; use a text-to-image or unconditional UNet with equal channels."
+        )

@@ -1,0 +1,97 @@
+"""An autograd node whose forward keeps no graph and whose backward replays it piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class Program(Protocol):
+    """What the node runs. `leaves` are all the tensors that may receive a gradient."""
+
+    def forward(
+        self, leaves: Sequence[Tensor]
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Runs without grad. Returns (differentiable outputs, constant outputs, what the replay needs)."""
+
+    def backward(
+        self, leaves: Sequence[Tensor], saved: Sequence[Tensor], grads: Sequence[Tensor | None], needed: Sequence[bool]
+    ) -> list[Tensor | None]:
+        """The gradient of each leaf, given those of the differentiable outputs."""
+
+
+def run(program: Program, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Runs `program` as one node of the graph; returns its differentiable, then its constant outputs."""
+    return _Replayed.apply(program, *leaves)
+
+
+class _Replayed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, program: Program, *leaves: Tensor) -> tuple[Tensor, ...]:
+        differentiable, constant, saved = program.forward(leaves)
+        ctx.program = program
+        ctx.leaf_count = len(leaves)
+        ctx.differentiable_count = len(differentiable)
+        ctx.mark_non_differentiable(*constant)
+        ctx.set_materialize_grads(False)
+        # The parameters are saved for their version check: an optimizer step between forward and backward would
+        # replay another model.
+        ctx.save_for_backward(*leaves, *saved)
+        return (*differentiable, *constant)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        tensors = ctx.saved_tensors
+        leaves, saved = tensors[: ctx.leaf_count], tensors[ctx.leaf_count :]
+        needed = ctx.needs_input_grad[1:]
+        return (None, *ctx.program.backward(leaves, saved, grads[: ctx.differentiable_count], needed))
+
+
+class GradientSum:
+    """Sums the gradients of several replays, in fp32 where the tensors are of a lower precision."""
+
+    def __init__(self, like: Sequence[Tensor]) -> None:
+        self._dtypes = [tensor.dtype for tensor in like]
+        self._sums: list[Tensor | None] = [None] * len(like)
+
+    def add(self, grads: Sequence[Tensor | None]) -> None:
+        for index, grad in enumerate(grads):
+            if grad is None:
+                continue
+            wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
+            if self._sums[index] is None:
+                # A copy where nothing was widened: what autograd hands out may be shared between two inputs.
+                self._sums[index] = wide.clone() if wide is grad else wide
+            else:
+                self._sums[index] += wide
+
+    def result(self) -> list[Tensor | None]:
+        return [None if s is None else s.to(dtype) for s, dtype in zip(self._sums, self._dtypes, strict=True)]
+
+
+def replay_parameters(parameters: Mapping[str, nn.Parameter]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The tensors to differentiate a replay by, one for each parameter, and those to swap in by name.
+
+    A parameter stands for itself, unless it has a tensor hook: `torch.autograd.grad` would run the hook on the
+    replay's share of the gradient, and autograd runs it again on the sum. Then an alias of it is swapped in.
+    """
+    swapped = {name: p.detach().requires_grad_() for name, p in parameters.items() if p._backward_hooks}
+    return [swapped.get(name, parameter) for name, parameter in parameters.items()], swapped
+
+
+def gradients(
+    outputs: Sequence[Tensor], grads: Sequence[Tensor | None], inputs: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """`torch.autograd.grad`, with None for inputs that are constants or not reached, and for outputs without grad."""
+    pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
+    wanted = [tensor for tensor in inputs if tensor.requires_grad]
+    if not pairs or not wanted:
+        return [None] * len(inputs)
+    outputs, grads = zip(*pairs, strict=True)
+    found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
+    return [next(found) if tensor.requires_grad else None for tensor in inputs]

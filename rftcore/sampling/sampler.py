@@ -1,0 +1,367 @@
+"""`CheckpointedSampler`: a sampling chain one can differentiate through on the memory of one step."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.utils.torch_utils import randn_tensor
+from torch import Tensor, nn
+
+from rftcore.ops.sampler_step import Coefficient
+from rftcore.sampling import replay
+from rftcore.sampling.adapters import adapters_off
+from rftcore.sampling.chain import Chain
+from rftcore.sampling.conditioning import Conditioning
+from rftcore.sampling.denoiser import Denoiser
+from rftcore.sampling.gradient_path import GradientPath
+from rftcore.sampling.rescore import Rescore, Transition
+from rftcore.sampling.schedule import StepTable, step_table
+from rftcore.sampling.trajectory import Trajectory
+
+REFERENCES = (None, "exact", "uniform")
+
+
+class CheckpointedSampler:
+    """Samples with a UNet, differentiably if asked, and re-scores what it sampled.
+
+    A differentiated step keeps only its state and is replayed in the backward pass, so memory does not grow with the
+    number of steps beyond the latents. Gradients are exact, through both branches of guidance and through x_t, and
+    reach every parameter once a backward, so that DDP averages them once.
+
+    Args:
+        unet: diffusers `UNet2DConditionModel` or `UNet2DModel`; PEFT, `torch.compile`, accelerate and DDP wrappings
+            are accepted.
+        scheduler: diffusers `DDIMScheduler` or `DDPMScheduler`, as its user configured it; it is not changed.
+        num_inference_steps: T.
+        guidance_scale: w of classifier-free guidance; 1.0 runs no negative branch.
+        eta: DDIM's; None is 0. A DDPM scheduler has its own noise and takes None only.
+        backprop_steps: None differentiates the whole chain, K the last K steps, 0 none; the short form of
+        gradient_path: where the gradient flows (`GradientPath`); give one of the two.
+        final_step: "scheduler" ends as the scheduler does, "clamp" on alphas_cumprod[0] (ddpo-pytorch).
+        cross_attention_kwargs: handed to every UNet call, e.g. {"scale": 0.5} for the LoRA's scale.
+
+    Raises:
+        ValueError, TypeError: for arguments that are not served, naming what is.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        scheduler,
+        *,
+        num_inference_steps: int = 50,
+        guidance_scale: float = 1.0,
+        eta: float | None = None,
+        backprop_steps: int | None = None,
+        gradient_path: GradientPath | None = None,
+        final_step: str = "scheduler",
+        cross_attention_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale={guidance_scale} must be a finite number; 1.0 means no guidance.")
+        self.denoiser = Denoiser(unet, cross_attention_kwargs)
+        self.guided = guidance_scale != 1.0
+        if self.guided and not self.denoiser.conditional:
+            raise ValueError(
+                f"guidance_scale={guidance_scale} with the unconditional {type(self.denoiser.model).__name__}: there "
+                "is no prompt to guide by; use guidance_scale=1.0."
+            )
+        self.table = step_table(
+            scheduler, num_inference_steps, guidance_scale=guidance_scale, eta=eta, final_step=final_step
+        )
+        if gradient_path is not None and backprop_steps is not None:
+            raise ValueError(f"give gradient_path or backprop_steps={backprop_steps}, its short form, not both.")
+        self.gradient_path = gradient_path or GradientPath.last(backprop_steps, num_inference_steps)
+        self.gradient_path.check_length(num_inference_steps)
+        self.settings: dict[str, Any] = {
+            "scheduler": type(scheduler).__name__,
+            "prediction_type": scheduler.config.prediction_type,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": float(guidance_scale),
+            "eta": eta,
+            "final_step": final_step,
+            "schedule": _fingerprint(self.table),
+        }
+        self._on_device: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    def __call__(
+        self,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        *,
+        latents: Tensor | None = None,
+        batch_size: int | None = None,
+        sample_size: int | tuple[int, int] | None = None,
+        generator: torch.Generator | Sequence[torch.Generator] | None = None,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        negative_added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        gradient_path: GradientPath | None = None,
+    ) -> Trajectory:
+        """Runs the chain; under grad mode along `gradient_path`, without a gradient otherwise.
+
+        Args:
+            prompt_embeds, negative_prompt_embeds: (B, tokens, width); none for an unconditional UNet.
+            latents: (B, C, h, w) noise of unit variance to start from, may require grad; None draws it.
+            batch_size: B, where neither embeddings nor latents say it.
+            sample_size: (h, w) of the latents, default the UNet's own.
+            generator: one, or one a sample, for the first state and every step's noise; None uses the default one.
+            added_cond_kwargs, negative_added_cond_kwargs: SDXL's, (B, ...) each; see `Conditioning.build`.
+            gradient_path: instead of the sampler's own, for this call.
+
+        Raises:
+            ValueError: when arguments do not fit together, or a gradient is asked for and nothing is trainable.
+        """
+        path = gradient_path or self.gradient_path
+        path.check_length(len(self.table))
+        conditioning = self._conditioning(
+            prompt_embeds, negative_prompt_embeds, added_cond_kwargs, negative_added_cond_kwargs
+        )
+        latents = self._first_state(latents, batch_size, sample_size, conditioning, generator)
+        table = self.table.stopped(len(path.modes), path.output)
+        timesteps, coefficients = self._to_device(table, path)
+        joined = conditioning.joined()
+        differentiate = torch.is_grad_enabled() and path.differentiates
+        parameters = self.denoiser.trainable() if differentiate and path.reaches_model else {}
+        leaves = [latents, *joined.values(), *parameters.values()]
+        if differentiate:
+            start = [latents] if path.reaches_start else []
+            _check_differentiable([*start, *joined.values(), *parameters.values()], leaves)
+        chain = Chain(
+            denoiser=self.denoiser,
+            timesteps=timesteps,
+            coefficients=coefficients,
+            stochastic=table.stochastic,
+            guided=self.guided,
+            names=list(joined),
+            parameters=parameters,
+            path=path if differentiate else GradientPath(("none",) * len(path.modes)),
+            draw_noise=lambda: _draw(latents.shape, generator, latents),
+        )
+        if differentiate:
+            end, states, log_probs = self.denoiser.synchronised(lambda: replay.run(chain, leaves))
+        else:
+            with torch.no_grad():
+                (end,), (states, log_probs), _ = chain.forward(leaves)
+        return Trajectory(
+            latents=end,
+            states=states,
+            timesteps=timesteps,
+            log_probs=log_probs,
+            stochastic=coefficients[:, Coefficient.SIGMA] > 0,
+            conditioning=conditioning,
+            settings={**self.settings, "steps_taken": len(table), "output": path.output},
+        )
+
+    def log_prob(
+        self, trajectory: Trajectory, steps: Sequence[int] | Tensor, reference: str | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities of a trajectory's steps under the UNet as it is now, differentiable.
+
+        Args:
+            steps: (S,) indices of steps, or (B, S) for steps of each sample's own. On the CPU: a device tensor syncs.
+            reference: None, or the divergence from the UNet with its adapters off: "exact" is the KL of the two
+                Gaussians (nats per element), "uniform" the mean squared difference of the guided eps (DPOK's code).
+
+        Returns:
+            log_prob (B, S) in nats per element, and divergence (B, S) or None.
+
+        Raises:
+            ValueError: for a trajectory of other settings, an unknown reference, a deterministic step, or nothing
+                trainable under grad mode.
+            IndexError: for a step out of range.
+        """
+        if reference not in REFERENCES:
+            raise ValueError(f"reference={reference!r} is not known; allowed are None, 'exact' and 'uniform'.")
+        trajectory.check_settings(self.settings)
+        if torch.is_grad_enabled() and trajectory.states.is_inference():
+            raise ValueError(
+                "trajectory was sampled under torch.inference_mode, whose tensors no gradient can pass: sample under "
+                "torch.no_grad() instead (or with backprop_steps=0), or re-score under torch.no_grad()."
+            )
+        indices = self._step_indices(trajectory, steps)
+        joined = trajectory.conditioning.joined()
+        parameters = self.denoiser.trainable() if torch.is_grad_enabled() else {}
+        leaves = [*joined.values(), *parameters.values()]
+        rescore = Rescore(
+            denoiser=self.denoiser,
+            transitions=[self._transition(trajectory, column) for column in indices.unbind(1)],
+            guided=self.guided,
+            names=list(joined),
+            parameters=parameters,
+            reference=reference,
+        )
+        if not torch.is_grad_enabled():
+            scores, _, _ = rescore.forward(leaves)
+        else:
+            _check_differentiable(leaves, leaves)
+            run = rescore.direct if len(rescore.transitions) == 1 else lambda leaves: replay.run(rescore, leaves)
+            scores = self.denoiser.synchronised(lambda: run(leaves))
+        return scores[0], None if reference is None else scores[1]
+
+    def predict(
+        self,
+        x_t: Tensor,
+        t: int | Tensor,
+        prompt_embeds: Tensor | None = None,
+        negative_prompt_embeds: Tensor | None = None,
+        *,
+        added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        negative_added_cond_kwargs: Mapping[str, Tensor] | None = None,
+        adapter: bool = True,
+    ) -> Tensor:
+        """One guided evaluation of the UNet, in plain autograd and the caller's grad mode.
+
+        Args:
+            x_t: (B, C, h, w) state.
+            t: the model's time, one for all or (B,).
+            adapter: False evaluates the base model.
+
+        Returns:
+            (B, C, h, w) the guided model output, of the scheduler's prediction type, in the states' dtype.
+        """
+        conditioning = self._conditioning(
+            prompt_embeds, negative_prompt_embeds, added_cond_kwargs, negative_added_cond_kwargs
+        )
+        if conditioning.batch_size not in (None, x_t.shape[0]):
+            raise ValueError(f"x_t has batch size {x_t.shape[0]} and prompt_embeds {conditioning.batch_size}.")
+        t = torch.as_tensor(t, device=x_t.device)
+
+        def evaluate() -> tuple[Tensor]:
+            return (self.denoiser(x_t, t, conditioning.joined(), guided=self.guided),)
+
+        if adapter:
+            (output,) = self.denoiser.synchronised(evaluate)
+        else:
+            with adapters_off(self.denoiser.module):
+                (output,) = evaluate()
+        output = output.to(self.denoiser.state_dtype)
+        if not self.guided:
+            return output
+        negative, positive = output.chunk(2)
+        return negative + self.settings["guidance_scale"] * (positive - negative)
+
+    def _conditioning(self, *given) -> Conditioning:
+        conditioning = Conditioning.build(*given, guided=self.guided)
+        self.denoiser.check_conditioning(conditioning)
+        return conditioning
+
+    def _first_state(
+        self,
+        latents: Tensor | None,
+        batch_size: int | None,
+        sample_size: int | tuple[int, int] | None,
+        conditioning: Conditioning,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+    ) -> Tensor:
+        sizes = {"prompt_embeds": conditioning.batch_size, "batch_size": batch_size}
+        sizes["latents"] = None if latents is None else latents.shape[0]
+        known = {name: size for name, size in sizes.items() if size is not None}
+        if not known:
+            raise ValueError("batch_size=None: say how many samples to draw, by batch_size= or latents=.")
+        if len(set(known.values())) > 1:
+            raise ValueError(f"the batch sizes do not agree: {known}; give one row for each sample.")
+        count = next(iter(known.values()))
+        if isinstance(generator, Sequence) and len(generator) != count:
+            raise ValueError(f"generator is a list of {len(generator)} for {count} samples; give one, or one a sample.")
+        channels = self.denoiser.config.in_channels
+        if latents is not None:
+            if latents.ndim != 4 or latents.shape[1] != channels:
+                raise ValueError(f"latents has shape {tuple(latents.shape)}; the UNet takes (B, {channels}, h, w).")
+            if sample_size is not None:
+                raise ValueError(f"give latents or sample_size={sample_size}, not both: latents have their own.")
+            latents = latents.to(self.denoiser.device, self.denoiser.state_dtype)
+        else:
+            size = sample_size if sample_size is not None else self.denoiser.config.sample_size
+            if size is None:
+                raise ValueError("sample_size=None and the UNet's config has none; give the latents' (h, w).")
+            height, width = (size, size) if isinstance(size, int) else size
+            like = torch.empty((), dtype=self.denoiser.state_dtype, device=self.denoiser.device)
+            latents = _draw((count, channels, height, width), generator, like)
+        sigma = self.table.init_noise_sigma
+        return latents if sigma == 1.0 else latents * sigma
+
+    def _to_device(self, table: StepTable, path: GradientPath) -> tuple[Tensor, Tensor]:
+        """(timesteps, coefficients) of a table, copied to the device once."""
+        device, dtype = self.denoiser.device, self.denoiser.state_dtype
+        key = (device, dtype, len(path.modes), path.output)
+        if key not in self._on_device:
+            self._on_device[key] = (table.timesteps.to(device), table.coefficients.to(device, dtype))
+        return self._on_device[key]
+
+    def _step_indices(self, trajectory: Trajectory, steps: Sequence[int] | Tensor) -> Tensor:
+        """(B, S) on the CPU, checked."""
+        indices = torch.as_tensor(steps).cpu()
+        if indices.is_floating_point() or indices.dtype == torch.bool or indices.ndim not in (1, 2):
+            raise ValueError(f"steps must be whole numbers (S,) or (B, S), got {indices.dtype} {tuple(indices.shape)}.")
+        if indices.ndim == 1:
+            indices = indices.expand(len(trajectory), -1)
+        if indices.shape[0] != len(trajectory):
+            raise ValueError(f"steps has {indices.shape[0]} rows for {len(trajectory)} samples; give (S,) or (B, S).")
+        if indices.shape[1] == 0:
+            raise ValueError("steps is empty; name at least one step to re-score.")
+        taken = trajectory.settings["steps_taken"]
+        stochastic = self.table.stopped(taken, trajectory.settings["output"]).stochastic
+        for step in sorted(set(indices.flatten().tolist())):
+            if not 0 <= step < taken:
+                raise IndexError(f"steps holds {step}; the trajectory has steps 0 to {taken - 1}.")
+            if not stochastic[step]:
+                possible = [index for index, noisy in enumerate(stochastic) if noisy]
+                advice = f"steps with noise are {_spans(possible)}" if possible else "sample with eta > 0"
+                raise ValueError(
+                    f"steps holds {step}, which is deterministic (sigma = 0) and has no log-probability; {advice}."
+                )
+        return indices
+
+    def _transition(self, trajectory: Trajectory, steps: Tensor) -> Transition:
+        """Step `steps[b]` of each sample b."""
+        device = trajectory.states.device
+        timesteps, coefficients = self.table.timesteps, self.table.coefficients
+        samples = torch.arange(len(trajectory), device=device)
+        on_device = steps.to(device)
+        return Transition(
+            x=trajectory.states[on_device, samples],
+            next_x=trajectory.states[on_device + 1, samples],
+            t=timesteps[steps].to(device),
+            coefficients=coefficients[steps].to(device, trajectory.states.dtype),
+        )
+
+
+def _draw(shape: Sequence[int], generator: torch.Generator | Sequence[torch.Generator] | None, like: Tensor) -> Tensor:
+    generator = list(generator) if isinstance(generator, Sequence) else generator
+    return randn_tensor(tuple(shape), generator=generator, device=like.device, dtype=like.dtype)
+
+
+def _check_differentiable(reached: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
+    """Raises ValueError unless something that the gradient reaches requires it, and everything can be saved for it."""
+    if not any(tensor.requires_grad for tensor in reached):
+        raise ValueError(
+            "a gradient is asked for (grad mode is on), but nothing that it reaches requires grad: add an adapter with "
+            "unet.add_adapter(LoraConfig(...)), or unet.requires_grad_(True); to run without a gradient use "
+            "torch.no_grad(), or sample with backprop_steps=0."
+        )
+    if any(tensor.is_inference() for tensor in leaves):
+        raise ValueError(
+            "latents or embeddings were made under torch.inference_mode, whose tensors no gradient can pass: make them "
+            "under torch.no_grad() instead."
+        )
+
+
+def _fingerprint(table: StepTable) -> str:
+    digest = hashlib.sha256(table.timesteps.numpy().tobytes())
+    digest.update(table.coefficients.numpy().tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 5] -> "0-2, 5"."""
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and number == spans[-1][1] + 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
