@@ -102,6 +102,19 @@ def _flags_of(parser: ArgumentParser, arguments: list[str]) -> set[str]:
     return {flag for action in parser._actions for flag in action.option_strings}
 
 
+def _quieten_libraries() -> None:
+    """Leaves the terminal to the run: no shard-loading bars, no advice on torchvision, no deprecations of ours to mend."""
+    import warnings
+
+    import diffusers
+    import transformers
+
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+
+
 def _run(namespace) -> int:
     if namespace.command == "info":
         from rftcore.build import format_info
@@ -117,6 +130,7 @@ def _run(namespace) -> int:
         values = namespace.train[algorithm].as_dict()
         config = build(ALGORITHMS[algorithm], {key: value for key, value in values.items() if key != "config"})
         # Only now is torch worth its seconds: the request is known to be sound.
+        _quieten_libraries()
         from rftcore.training.trainer import Trainer
 
         Trainer(config).train()

@@ -13,7 +13,7 @@ def model(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread():
     """More threads only wait for each other on tensors this small."""
     before = torch.get_num_threads()

@@ -68,7 +68,7 @@ def build_pipeline(folder: Path) -> StableDiffusionPipeline:
     )
 
 
-def values(model: Path | str, output_dir: Path, **groups) -> dict:
+def values(model: Path | str, output_dir: Path, /, **groups) -> dict:
     """A run's config as a nested mapping; `groups` is merged over it, group by group."""
     base = {
         "output_dir": str(output_dir),
@@ -85,7 +85,7 @@ def values(model: Path | str, output_dir: Path, **groups) -> dict:
     return base
 
 
-def config(model: Path | str, output_dir: Path, **groups) -> DraftConfig:
+def config(model: Path | str, output_dir: Path, /, **groups) -> DraftConfig:
     """The same as a config object."""
     return build(DraftConfig, values(model, output_dir, **groups))
 

@@ -104,7 +104,10 @@ class Trainer:
         )
         # Not prepared: accelerate would step it once for every process.
         self.lr_scheduler = get_scheduler(
-            config.train.lr_scheduler, optimizer, config.train.lr_warmup_steps, config.train.max_train_steps
+            config.train.lr_scheduler,
+            optimizer,
+            num_warmup_steps=config.train.lr_warmup_steps,
+            num_training_steps=config.train.max_train_steps,
         )
         unet, self.optimizer = self.accelerator.prepare(pipe.unet, optimizer)
         self.engine = Engine(

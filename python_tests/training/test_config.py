@@ -1,0 +1,79 @@
+"""Configs: recipes load, values are checked, what is written is read back."""
+
+import subprocess
+import sys
+
+import pytest
+from rftcore.training import recipes
+from rftcore.training.config import DraftConfig, batch_shares
+from rftcore.training.errors import UsageError
+from rftcore.training.parsing import build, load_config, to_yaml
+
+
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_is_valid_and_says_what_it_is(name):
+    assert load_config("draft", name).output_dir == f"runs/{name}"
+    assert len(recipes.description(name)) > 20
+
+
+def test_resolved_config_reads_back_equal(tmp_path):
+    config = load_config("draft", "digits_draft", "--train.adam_epsilon=1e-7", "--eval.validation_prompts=[a cat, a dog]")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert config.train.adam_epsilon == 1e-7
+    assert config.eval.validation_prompts == ["a cat", "a dog"]
+    assert load_config("draft", tmp_path / "config.yaml") == config
+
+
+def test_paper_recipe_has_the_papers_values():
+    config = load_config("draft", "draft_sd15")
+    train, sampling = config.train, config.sampling
+    assert (train.learning_rate, train.batch_size, train.max_train_steps, config.lora.rank) == (4e-4, 4, 2000, 8)
+    assert (train.adam_beta1, train.adam_beta2, train.adam_weight_decay) == (0.9, 0.999, 0.1)
+    assert (sampling.num_inference_steps, sampling.guidance_scale) == (50, 7.5)
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "value", "message"),
+    [
+        ("train", "backprop_steps", 51, r"train.backprop_steps=51 must lie in \[1, sampling.num_inference_steps=50\]"),
+        ("train", "backprop_steps", 0, "train.backprop_steps=0 must lie in"),
+        ("train", "backprop_steps", -1, "train.backprop_steps=-1 must lie in"),
+        ("train", "batch_size", 0, "train.batch_size=0 must be at least 1"),
+        ("train", "learning_rate", float("nan"), "train.learning_rate=nan must be greater than 0"),
+        ("train", "adam_beta2", 1.0, r"train.adam_beta2=1.0 must lie in \[0, 1\)"),
+        ("train", "lr_warmup_steps", 5, "no effect with train.lr_scheduler=constant"),
+        ("sampling", "eta", 1.5, r"sampling.eta=1.5 must lie in \[0, 1\]"),
+        ("lora", "target_modules", [], "lora.target_modules is empty"),
+        ("eval", "validation_steps", 0, "eval.validation_steps=0 must be at least 1"),
+    ],
+)
+def test_values_out_of_range_are_named(group, key, value, message):
+    with pytest.raises(UsageError, match=message):
+        build(DraftConfig, {group: {key: value}})
+
+
+def test_all_problems_are_told_at_once():
+    with pytest.raises(UsageError, match="train.batch_size.*lora.rank"):
+        build(DraftConfig, {"train": {"batch_size": 0}, "lora": {"rank": 0}})
+
+
+def test_batch_that_does_not_divide_names_the_nearest_that_does():
+    config = build(DraftConfig, {"train": {"batch_size": 7, "gradient_accumulation_steps": 2}})
+    with pytest.raises(UsageError, match="train.batch_size=7 does not divide into 2 process.*nearest.* 8"):
+        batch_shares(config, processes=2)
+    config.train.batch_size = 8
+    assert batch_shares(config, processes=2) == (4, 2)
+
+
+def test_unknown_keys_name_the_nearest():
+    with pytest.raises(UsageError, match="unknown key 'train.learning_rat'; did you mean 'train.learning_rate'"):
+        build(DraftConfig, {"train": {"learning_rat": 1e-3}})
+    with pytest.raises(UsageError, match="unknown key 'trian'; did you mean 'train'"):
+        build(DraftConfig, {"trian": {}})
+    with pytest.raises(UsageError, match="there is no algorithm 'draftt'; did you mean 'draft'"):
+        load_config("draftt", "digits_draft")
+
+
+def test_configs_and_the_command_line_import_no_torch():
+    code = "import sys, rftcore.cli, rftcore.training.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
