@@ -1,0 +1,46 @@
+"""Fails the session when what was built is not what is tested, seeds every test, and leaves slow tests to test-all."""
+
+import os
+import random
+import shutil
+
+import numpy
+import pytest
+import torch
+
+from rftcore import build
+
+
+def missing_modules() -> list[str]:
+    """Compiled modules that should serve these tests and do not, in words."""
+    missing = []
+    if reason := build.why_not_loaded("_cpu"):
+        missing.append(reason)
+    elif reason := build.why_not_loaded("_cuda"):
+        status = build.load("_cpu").build_info()["cuda"]
+        if status.startswith("built") or (shutil.which("nvcc") and "switched off" not in status):
+            missing.append(reason)
+    return missing
+
+
+def pytest_configure(config):
+    if missing := missing_modules():
+        raise pytest.UsageError(
+            f"The tests would pass without testing the compiled code: {'; '.join(missing)}. "
+            "Install the package first: `pip install -e .`, or `make test`, which does."
+        )
+
+
+def pytest_collection_modifyitems(items):
+    if os.environ.get("RFTCORE_TEST_ALL") != "1":
+        skip = pytest.mark.skip(reason="slow: `make test-all` runs it")
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
