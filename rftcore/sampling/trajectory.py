@@ -23,7 +23,8 @@ class Trajectory:
         log_probs: (B, T) nats per element (the mean over C, h, w), 0 where the step is deterministic; no gradient.
         stochastic: (T,) False where sigma = 0.
         conditioning: the UNet's other inputs, (B, ...) each.
-        settings: the sampler's settings that made it; `log_prob` refuses a trajectory of other settings.
+        settings: the sampler's settings that made it (`log_prob` refuses a trajectory of others), how many
+            steps were taken and what the last one gave.
     """
 
     latents: Tensor
@@ -122,7 +123,7 @@ class Trajectory:
 
     def check_settings(self, settings: dict[str, Any]) -> None:
         """Raises ValueError, naming the differences, unless this is a trajectory of a sampler with `settings`."""
-        if difference := _difference(self.settings, settings):
+        if difference := _difference({name: self.settings.get(name) for name in settings}, settings):
             raise ValueError(
                 f"trajectory was made with other settings than this sampler's: {difference}; "
                 "re-score it with the sampler that made it, or one with the same settings."

@@ -1,0 +1,1 @@
+"""Measurements against pure PyTorch: memory is counted, time is interleaved."""

@@ -1,0 +1,176 @@
+"""Decoding and scoring: values, gradients, memory, and the mistakes a reward can make."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+import rftcore
+from rftcore.sampling import RewardError
+
+
+@pytest.fixture
+def vae():
+    def make(dtype=torch.float64, **config):
+        return AutoencoderKL(
+            block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, norm_num_groups=4, sample_size=16,
+            **{"scaling_factor": 0.5, "force_upcast": False, **config},
+        ).to(dtype).eval()  # fmt: skip
+
+    return make
+
+
+def brightness_of_top(images, prompts, metadata=None):
+    return images[:, :, :3].pow(2).mean((1, 2, 3)) * torch.tensor([len(p) for p in prompts])
+
+
+def test_decode_undoes_every_scaling(vae):
+    latents = torch.randn(3, 4, 8, 8, dtype=torch.float64)
+    model = vae()
+    expected = model.decode(latents / 0.5).sample / 2 + 0.5
+    torch.testing.assert_close(rftcore.decode(model, latents, clamp="none"), expected)
+    images = rftcore.decode(model, latents)
+    assert images.min() >= 0 and images.max() <= 1
+    torch.testing.assert_close(images, expected.clamp(0, 1))
+    shifted = vae(shift_factor=0.25)
+    expected = shifted.decode(latents / 0.5 + 0.25).sample / 2 + 0.5
+    torch.testing.assert_close(rftcore.decode(shifted, latents, clamp="none"), expected)
+    mean, std = [0.1, -0.2, 0.3, 0.4], [1.0, 2.0, 0.5, 1.5]
+    playground = vae(latents_mean=mean, latents_std=std)
+    unscaled = latents * torch.tensor(std).view(1, 4, 1, 1) / 0.5 + torch.tensor(mean).view(1, 4, 1, 1)
+    expected = playground.decode(unscaled).sample / 2 + 0.5
+    torch.testing.assert_close(rftcore.decode(playground, latents, clamp="none"), expected)
+    torch.testing.assert_close(rftcore.decode(None, latents, clamp="none"), latents / 2 + 0.5)
+
+
+def test_clamps_and_their_gradients(vae):
+    latents = (5 * torch.randn(3, 4, 8, 8, dtype=torch.float64)).requires_grad_()
+    raw, stats = rftcore.decode(vae(), latents, clamp="none", return_stats=True)
+    outside = ((raw < 0) | (raw > 1)).double().flatten(1).mean(1)
+    model = vae()
+    raw, stats = rftcore.decode(model, latents, clamp="none", return_stats=True)
+    outside = ((raw < 0) | (raw > 1)).double().flatten(1).mean(1)
+    torch.testing.assert_close(stats["saturated"], outside)
+    through = rftcore.decode(model, latents, clamp="straight_through")
+    hard = rftcore.decode(model, latents)
+    torch.testing.assert_close(through, hard)
+    (plain,) = torch.autograd.grad(raw.sum(), latents)
+    (straight,) = torch.autograd.grad(through.sum(), latents)
+    torch.testing.assert_close(straight, plain)
+    with pytest.raises(ValueError, match="clamp='soft'"):
+        rftcore.decode(model, latents, clamp="soft")
+
+
+def test_force_upcast_leaves_the_module_alone(vae):
+    model = vae(torch.float16, force_upcast=True)
+    latents = torch.randn(1, 4, 8, 8, requires_grad=True)
+    images = rftcore.decode(model, latents, clamp="none")
+    expected = rftcore.decode(vae_like(model), latents, clamp="none")
+    assert images.dtype == torch.float32
+    torch.testing.assert_close(images, expected)
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
+    assert torch.autograd.grad(images.sum(), latents)[0].abs().sum() > 0
+
+
+def vae_like(model):
+    wide = AutoencoderKL.from_config(model.config).eval()
+    wide.load_state_dict({name: tensor.float() for name, tensor in model.state_dict().items()})
+    return wide
+
+
+@pytest.mark.parametrize("images_per_call", [1, 2, 5])
+@pytest.mark.parametrize("clamp", ["hard", "straight_through"])
+def test_score_equals_decode_then_reward(vae, images_per_call, clamp):
+    model = vae()
+    prompts = ["a", "bb", "ccc", "dddd", "eeeee"]
+    latents = torch.randn(5, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(5, dtype=torch.float64)
+    expected = brightness_of_top(rftcore.decode(model, latents, clamp=clamp), prompts)
+    (expected_grad,) = torch.autograd.grad((expected * weight).sum(), latents)
+    rewards, stats = rftcore.score(
+        model, latents, brightness_of_top, prompts, images_per_call=images_per_call, clamp=clamp, return_stats=True
+    )
+    torch.testing.assert_close(rewards, expected)
+    assert stats["saturated"].shape == (5,)
+    # .sum() hands the backward an expanded gradient
+    (grad,) = torch.autograd.grad((rewards * weight).sum(), latents, retain_graph=True)
+    torch.testing.assert_close(grad, expected_grad, rtol=1e-11, atol=1e-13)
+    (grad,) = torch.autograd.grad(rewards.sum(), latents)
+    (whole,) = torch.autograd.grad(brightness_of_top(rftcore.decode(model, latents, clamp=clamp), prompts).sum(), latents)
+    torch.testing.assert_close(grad, whole, rtol=1e-11, atol=1e-13)
+
+
+def test_score_keeps_one_image_in_memory(vae):
+    """What the graph holds between forward and backward is one gradient of the latents' size."""
+    model = vae()
+    latents = torch.randn(4, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    sizes = []
+
+    def watched(images, prompts, metadata=None):
+        sizes.append(len(images))
+        return brightness_of_top(images, prompts)
+
+    rewards = rftcore.score(model, latents, watched, ["a"] * 4)
+    assert sizes == [1, 1, 1, 1]
+    node = rewards.grad_fn
+    assert sum(t.untyped_storage().nbytes() for t in node.saved_tensors) == latents.untyped_storage().nbytes()
+
+
+def test_metadata_and_prompts_arrive(vae):
+    seen = []
+
+    def reward(images, prompts, metadata):
+        seen.append((list(prompts), list(metadata)))
+        return images.mean((1, 2, 3))
+
+    rftcore.score(vae(), torch.randn(3, 4, 8, 8, dtype=torch.float64), reward, list("abc"), [1, 2, 3], images_per_call=2)
+    assert seen == [(["a", "b"], [1, 2]), (["c"], [3])]
+
+
+def declared(images, prompts, metadata=None):
+    return images.mean((1, 2, 3))
+
+
+declared.differentiable = False
+
+
+@pytest.mark.parametrize(("reward", "message"), [
+    (declared, "declared not differentiable"),
+    (lambda images, *_: images.detach().mean((1, 2, 3)), "cut the graph"),
+    (lambda images, *_: (images.mean((1, 2, 3)) > 0.5).double(), "cut the graph"),
+    (lambda images, *_: torch.full((len(images),), 1.0, requires_grad=True) * 2, "cut the graph"),
+    (lambda images, *_: images.mean(), r"shape \(\); it must return .* shape\s+\(1,\)"),
+    (lambda images, *_: images.mean((1, 2, 3)).unsqueeze(1), r"shape \(1, 1\)"),
+    (lambda images, *_: 3.0, "returned float"),
+    (lambda images, *_: images.mean((1, 2, 3)) * float("nan"), "returned nan for the prompt 'x'"),
+    (lambda images, *_: images.mean((1, 2, 3)) / 0.0, "returned inf for the prompt 'x'"),
+    (lambda images, *_: (images.mean((1, 2, 3)) * 0).sqrt(), "gradient of reward .* is NaN or inf"),
+])  # fmt: skip
+def test_bad_rewards(vae, reward, message):
+    latents = torch.randn(2, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(RewardError, match=message):
+        rftcore.score(vae(), latents, reward, ["x", "y"])
+
+
+def test_bad_arguments(vae):
+    latents = torch.randn(2, 4, 8, 8, dtype=torch.float64)
+    with pytest.raises(ValueError, match="list of 2 strings.*list of length 1"):
+        rftcore.score(vae(), latents, brightness_of_top, ["x"])
+    with pytest.raises(ValueError, match="list of 2 strings.*str"):
+        rftcore.score(vae(), latents, brightness_of_top, "xy")
+    with pytest.raises(ValueError, match="metadata"):
+        rftcore.score(vae(), latents, brightness_of_top, ["x", "y"], [1])
+    with pytest.raises(ValueError, match="images_per_call=0"):
+        rftcore.score(vae(), latents, brightness_of_top, ["x", "y"], images_per_call=0)
+    with torch.inference_mode():
+        inferred = latents + 1
+    with pytest.raises(ValueError, match="inference_mode"):
+        rftcore.score(vae(), inferred, brightness_of_top, ["x", "y"])
+    with torch.no_grad():
+        assert not rftcore.score(vae(), inferred, declared, ["x", "y"]).requires_grad
