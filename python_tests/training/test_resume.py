@@ -15,6 +15,7 @@ import torch
 import yaml
 from rftcore.rewards import declare
 from rftcore.training import Interrupted, Trainer, UsageError, checkpoint
+from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
 
@@ -42,8 +43,8 @@ def metrics(folder):
 
 def assert_same_run(folder, whole, step=5):
     for name in ("trainable.safetensors", "pytorch_lora_weights.safetensors"):
-        ours, theirs = (path / f"checkpoint-{step}" / name for path in (folder, whole))
-        assert ours.read_bytes() == theirs.read_bytes()
+        ours, theirs = (load_file(path / f"checkpoint-{step}" / name) for path in (folder, whole))
+        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
     ours, theirs = (torch.load(path / f"checkpoint-{step}" / "state.pt", weights_only=True) for path in (folder, whole))
     assert ours["lr_scheduler"] == theirs["lr_scheduler"]
     for index, state in theirs["optimizer"]["state"].items():
@@ -143,6 +144,11 @@ def test_half_written_checkpoint_is_refused_and_is_not_the_latest(model, whole):
         assert Trainer(config(model, whole, resume_from_checkpoint="latest")).progress.step == 5
     finally:
         half.rmdir()
+
+
+def test_checkpoint_of_another_folder_is_refused(model, tmp_path, whole):
+    with pytest.raises(UsageError, match="lies outside output_dir.*set --output_dir"):
+        Trainer(config(model, tmp_path / "run", resume_from_checkpoint=str(whole / "checkpoint-3")))
 
 
 def test_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(model, tmp_path, monkeypatch):

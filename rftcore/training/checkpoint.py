@@ -83,6 +83,11 @@ def find(resume_from_checkpoint: str, output_dir: Path) -> Path:
         known = ", ".join(str(folder) for folder in folders(output_dir)) or "none"
         state = "is half-written or no rftcore checkpoint" if path.is_dir() else "does not exist"
         raise UsageError(f"resume_from_checkpoint={path} {state}; complete checkpoints in {output_dir}: {known}")
+    if path.resolve().parent != output_dir.resolve():
+        raise UsageError(
+            f"resume_from_checkpoint={path} lies outside output_dir={output_dir}, and its run's metrics and samples with "
+            f"it; set --output_dir {path.resolve().parent}, or copy that whole folder and resume in the copy"
+        )
     return path
 
 

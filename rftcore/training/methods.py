@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rftcore.algorithms.draft import draft
-from rftcore.rewards import check_differentiable
+from rftcore.rewards import Reward, check_differentiable
 from rftcore.sampling import CheckpointedSampler
 from rftcore.training.engine import Engine
 
@@ -34,6 +34,10 @@ class Method(Protocol):
 
     def __init__(self, engine: Engine) -> None: ...
 
+    @staticmethod
+    def check_reward(reward: Reward) -> None:
+        """Raises RewardSpecError for a reward that the algorithm cannot learn from; asked before the model is loaded."""
+
     def accumulate_gradients(self, step: int) -> StepRecord:
         """Leaves the whole batch's gradient of step `step` (from 1) in the trainable parameters."""
 
@@ -42,9 +46,12 @@ class Draft:
     """DRaFT and DRaFT-K: ascend the reward through the last K sampling steps."""
 
     def __init__(self, engine: Engine) -> None:
-        check_differentiable(engine.reward, "DRaFT")
         self.engine = engine
         self.sampler = engine.sampler(backprop_steps=engine.config.train.backprop_steps)
+
+    @staticmethod
+    def check_reward(reward: Reward) -> None:
+        check_differentiable(reward, "DRaFT")
 
     def accumulate_gradients(self, step: int) -> StepRecord:
         losses, rewards, saturated = [], [], []

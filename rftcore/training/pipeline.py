@@ -9,6 +9,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
+from rftcore import digits
 from rftcore.training.config import ModelConfig, SamplingConfig
 from rftcore.training.errors import UsageError
 
@@ -18,11 +19,9 @@ SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
 def load(config: ModelConfig, dtype: torch.dtype) -> StableDiffusionPipeline:
     """The pipeline of a hub name, a folder, or the embedded digits. Raises: UsageError where it cannot be loaded."""
     source = config.pretrained_model_name_or_path
-    if source == "rftcore.digits":
-        import rftcore.digits
-
-        source = str(rftcore.digits.path())
     try:
+        if source == "rftcore.digits":
+            source = digits.path()
         return StableDiffusionPipeline.from_pretrained(
             source,
             revision=config.revision,

@@ -14,7 +14,14 @@ from rftcore.training.validation import Mean
 
 
 def results(
-    config: RunConfig, progress: Progress, judges: Sequence[Reward], prompts: int, peak_gib: float, reload_error: float
+    config: RunConfig,
+    progress: Progress,
+    judges: Sequence[Reward],
+    *,
+    validation_prompts: Sequence[str],
+    train_prompts: Sequence[str],
+    peak_gib: float,
+    reload_error: float,
 ) -> dict[str, Any]:
     """The run's figures. The first judge is the trained reward; the change is paired, image by image."""
     before, after = progress.evaluations[0], progress.evaluations[progress.step]
@@ -33,9 +40,10 @@ def results(
         "steps": progress.step,
         "rewards": rows,
         "evaluation": {
-            "prompts": prompts,
+            "prompts": len(validation_prompts),
+            "prompts_also_trained_on": len(set(validation_prompts) & set(train_prompts)),
             "images_per_prompt": config.eval.num_validation_images,
-            "images": prompts * config.eval.num_validation_images,
+            "images": len(validation_prompts) * config.eval.num_validation_images,
             "seed": config.eval.seed,
         },
         **asdict(progress.counters),
@@ -46,15 +54,13 @@ def results(
 
 def table(figures: dict[str, Any]) -> str:
     """The results for a terminal."""
-    evaluation = figures["evaluation"]
     lines = [f"{'reward':<34}{'before':>18}{'after':>18}{'change':>18}"]
     for name, row in figures["rewards"].items():
         cells = "".join(f"{_plus_minus(row[key], sign=key == 'change'):>18}" for key in ("before", "after", "change"))
         title = f"{name} ({row['role']}, {row['unit']})"
         lines.append(f"{title:<34}{cells}")
     lines += [
-        f"mean ± standard error on held-out prompts: {evaluation['prompts']} prompts x "
-        f"{evaluation['images_per_prompt']} images = {evaluation['images']}, same noise before and after",
+        f"mean ± standard error over {_evaluated_on(figures['evaluation'])}",
         f"{figures['steps']} steps, {figures['reward_queries']} reward queries, "
         f"{figures['unet_evaluations']} UNet evaluations, {figures['wall_clock_s']:.1f} s, "
         f"peak memory {figures['peak_memory_gib']:.2f} GiB",
@@ -70,7 +76,6 @@ def model_card(config: RunConfig, base: str, figures: dict[str, Any]) -> str:
         + " |"
         for name, row in figures["rewards"].items()
     )
-    evaluation = figures["evaluation"]
     return f"""---
 library_name: diffusers
 base_model: {base}
@@ -98,8 +103,7 @@ pipeline.load_lora_weights("path/to/this/folder")
 |---|---|---|---|---|---|
 {rows}
 
-Mean ± standard error over {evaluation['images']} images: {evaluation['prompts']} held-out prompts x \
-{evaluation['images_per_prompt']} images, from the same noise before and after.
+Mean ± standard error over {_evaluated_on(figures['evaluation'])}.
 {figures['reward_queries']} reward queries, {figures['unet_evaluations']} UNet evaluations, \
 {figures['wall_clock_s']:.1f} s, peak memory {figures['peak_memory_gib']:.2f} GiB.
 
@@ -107,6 +111,15 @@ Mean ± standard error over {evaluation['images']} images: {evaluation['prompts'
 {parsing.to_yaml(config).rstrip()}
 ```
 """
+
+
+def _evaluated_on(evaluation: dict[str, Any]) -> str:
+    seen = evaluation["prompts_also_trained_on"]
+    kind = "held-out prompts" if not seen else f"validation prompts ({seen} of them trained on)"
+    return (
+        f"{evaluation['prompts']} {kind} x {evaluation['images_per_prompt']} images = {evaluation['images']}, "
+        "the same noise before and after"
+    )
 
 
 def _plus_minus(value: dict[str, float], *, sign: bool) -> str:

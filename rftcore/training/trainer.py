@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration
 from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
@@ -63,13 +64,14 @@ class Trainer:
         config.validate()
         self.config = config
         self.judges = _judges(config, reward, held_out_reward)
-        train_prompts = prompt_sources.load(config.prompts)
+        METHODS[config.algorithm].check_reward(self.judges[0])
+        self.train_prompts = prompt_sources.load(config.prompts)
         self.validation_prompts = prompt_sources.load(config.eval.validation_prompts)
         self.directory = RunDirectory(config.output_dir)
         self._resume_from = self._find_start()
         self.accelerator = _accelerator(config)
         batch_shares(config, self.accelerator.num_processes)
-        self._build(train_prompts, pipeline)
+        self._build(pipeline)
         self.progress = Progress()
         if self._resume_from is not None:
             self.progress = checkpoint.load(self._resume_from, self._trained, config)
@@ -80,19 +82,16 @@ class Trainer:
         if self.config.resume_from_checkpoint is None:
             self.directory.check_free()
             return None
-        found = checkpoint.find(self.config.resume_from_checkpoint, self.directory.path)
-        if found.resolve().parent != self.directory.path.resolve():
-            self.directory.check_free()
-        return found
+        return checkpoint.find(self.config.resume_from_checkpoint, self.directory.path)
 
-    def _build(self, train_prompts: list[str], given: StableDiffusionPipeline | None) -> None:
+    def _build(self, given: StableDiffusionPipeline | None) -> None:
         config, device = self.config, self.accelerator.device
         pipe = given if given is not None else pipeline.load(config.model, DTYPES[config.mixed_precision])
         pipeline.check(pipe)
         self._base_model = str(pipe.name_or_path if given is not None else config.model.pretrained_model_name_or_path)
         sample_size = pipeline.sample_size(pipe, config.sampling)
         embeddings = pipeline.encode_prompts(
-            pipe, [*train_prompts, *self.validation_prompts], config.sampling.negative_prompt, device
+            pipe, [*self.train_prompts, *self.validation_prompts], config.sampling.negative_prompt, device
         )
         lora.attach(pipe.unet, config.lora, config.seed)
         optimizer = torch.optim.AdamW(
@@ -116,7 +115,7 @@ class Trainer:
             vae=pipe.vae.to(device).requires_grad_(False).eval(),
             scheduler=pipeline.scheduler(pipe, config.sampling),
             embeddings=embeddings,
-            plan=SamplePlan(train_prompts, config.train.batch_size, config.seed),
+            plan=SamplePlan(self.train_prompts, config.train.batch_size, config.seed),
             sample_size=sample_size,
             reward=self.judges[0],
             config=config,
@@ -288,10 +287,15 @@ class Trainer:
             lora.save(self.engine.model, self.directory.path)
             reload_error = lora.verify_reload(self.engine.model, self.directory.path)
             figures = report.results(
-                self.config, self.progress, self.judges, len(self.validation_prompts), peak, reload_error
+                self.config,
+                self.progress,
+                self.judges,
+                validation_prompts=self.validation_prompts,
+                train_prompts=self.train_prompts,
+                peak_gib=peak,
+                reload_error=reload_error,
             )
-            grids = [Image.open(self.directory.path / self.directory.sample_grid(at)) for at in (0, step)]
-            self.directory.write("before_after.png", _png(before_after(*grids)))
+            self._write_before_after(step)
             self.directory.write("results.json", figures)
             self.directory.write("README.md", report.model_card(self.config, self._base_model, figures))
             self.bar.close()
@@ -299,6 +303,13 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return figures
+
+    def _write_before_after(self, step: int) -> None:
+        before, after = (self.directory.path / self.directory.sample_grid(at) for at in (0, step))
+        if before.exists():
+            self.directory.write("before_after.png", _png(before_after(Image.open(before), Image.open(after))))
+        else:
+            self.bar.note(f"{before} is gone, so there is no before_after.png")
 
     def _peak_gib(self) -> float:
         """Of the process that held the most."""
@@ -327,6 +338,9 @@ def _judges(
 
 
 def _accelerator(config: RunConfig) -> Accelerator:
+    # accelerate itself would go on without the tracker, and say nothing.
+    if config.report_to is not None and config.report_to not in map(str, get_available_trackers()):
+        raise UsageError(f"report_to={config.report_to} is not installed; pip install {config.report_to}, or leave it null")
     try:
         return Accelerator(
             mixed_precision=config.mixed_precision,
