@@ -24,6 +24,8 @@ def missing_modules() -> list[str]:
 
 
 def pytest_configure(config):
+    # The models of the tests are tiny: a second thread costs them more than it brings, and tests can run side by side.
+    torch.set_num_threads(1)
     if missing := missing_modules():
         raise pytest.UsageError(
             f"The tests would pass without testing the compiled code: {'; '.join(missing)}. "

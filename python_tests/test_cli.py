@@ -55,11 +55,17 @@ def test_info():
         (["train", "drafft"], "invalid choice: 'drafft'"),
         (["train", "draft", "--config", "digit_draft"], "did you mean 'digits_draft'"),
         (["train", "draft", "--config", "missing.yaml"], "there is no such file"),
-        (["train", "draft", "--train.learning_rat", "1"], "unknown flag --train.learning_rat: did you mean '--train.learning_rate'"),
+        (
+            ["train", "draft", "--train.learning_rat", "1"],
+            "unknown flag --train.learning_rat: did you mean '--train.learning_rate'",
+        ),
         (["train", "draft", "--train.learning_rate", "fast"], "train.learning_rate"),
         (["train", "draft", "--train.learn", "1"], "unknown flag --train.learn"),
         (["train", "draft", "--mixed_precision", "fp8"], "mixed_precision"),
-        (["train", "draft", "--train.backprop_steps", "60"], "train.backprop_steps=60 must lie in [1, sampling.num_inference_steps=50]"),
+        (
+            ["train", "draft", "--train.backprop_steps", "60"],
+            "train.backprop_steps=60 must lie in [1, sampling.num_inference_steps=50]",
+        ),
         (["configs", "cp", "digits"], "did you mean 'digits_draft'"),
     ],
 )

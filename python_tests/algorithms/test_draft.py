@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from rftcore.algorithms.draft import draft
 
 

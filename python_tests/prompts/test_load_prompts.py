@@ -1,6 +1,7 @@
 """Reading prompts, and naming the file and line where they cannot be read."""
 
 import pytest
+
 from rftcore import prompts
 from rftcore.prompts import PromptsError
 

@@ -1,6 +1,7 @@
 """Finding a reward, and what is said when it cannot serve."""
 
 import pytest
+
 from rftcore import rewards
 from rftcore.rewards import RewardSpecError
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+
 from rftcore.training import recipes
 from rftcore.training.config import DraftConfig, batch_shares
 from rftcore.training.errors import UsageError
@@ -17,7 +18,9 @@ def test_every_recipe_is_valid_and_says_what_it_is(name):
 
 
 def test_resolved_config_reads_back_equal(tmp_path):
-    config = load_config("draft", "digits_draft", "--train.adam_epsilon=1e-7", "--eval.validation_prompts=[a cat, a dog]")
+    config = load_config(
+        "draft", "digits_draft", "--train.adam_epsilon=1e-7", "--eval.validation_prompts=[a cat, a dog]"
+    )
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert config.train.adam_epsilon == 1e-7
     assert config.eval.validation_prompts == ["a cat", "a dog"]

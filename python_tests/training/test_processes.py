@@ -14,7 +14,16 @@ from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
 # accelerate's own --cpu starts one process; --multi_gpu is its name for torchrun, with gloo where there is no GPU.
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+LAUNCH = [
+    sys.executable,
+    "-m",
+    "accelerate.commands.launch",
+    "--multi_gpu",
+    "--num_processes",
+    "2",
+    "--num_machines",
+    "1",
+]
 ENVIRONMENT = {
     **os.environ,
     "ACCELERATE_USE_CPU": "true",
@@ -49,7 +58,9 @@ def test_lora_metrics_and_evaluation_equal_one_process(model, tmp_path):
 
 
 def test_command_line_under_accelerate_launch(model, tmp_path):
-    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.values(model, tmp_path / "run", train={"max_train_steps": 1})))
+    (tmp_path / "run.yaml").write_text(
+        yaml.safe_dump(tiny.values(model, tmp_path / "run", train={"max_train_steps": 1}))
+    )
     launch("-m", "rftcore", "train", "draft", "--config", str(tmp_path / "run.yaml"))
     assert json.loads((tmp_path / "run" / "env.json").read_text())["processes"] == 2
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()

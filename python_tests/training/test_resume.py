@@ -13,9 +13,10 @@ import pytest
 import tiny
 import torch
 import yaml
+from safetensors.torch import load_file
+
 from rftcore.rewards import declare
 from rftcore.training import Interrupted, Trainer, UsageError, checkpoint
-from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
 
@@ -144,6 +145,24 @@ def test_half_written_checkpoint_is_refused_and_is_not_the_latest(model, whole):
         assert Trainer(config(model, whole, resume_from_checkpoint="latest")).progress.step == 5
     finally:
         half.rmdir()
+
+
+def test_resumed_at_its_last_step_it_only_reports(model, tmp_path):
+    folder = tmp_path / "run"
+    first = Trainer(tiny.config(model, folder, checkpointing_steps=2)).train()
+    train = {"max_train_steps": 3}
+    again = Trainer(tiny.config(model, folder, train=train, resume_from_checkpoint="latest")).train()
+    assert again["rewards"] == first["rewards"]
+    early = tiny.config(
+        model, folder, train={"max_train_steps": 2}, resume_from_checkpoint=str(folder / "checkpoint-2")
+    )
+    assert Trainer(early).train()["steps"] == 2
+    with pytest.raises(UsageError, match="train.max_train_steps=1 lies before .*checkpoint-2"):
+        Trainer(
+            tiny.config(
+                model, folder, train={"max_train_steps": 1}, resume_from_checkpoint=early.resume_from_checkpoint
+            )
+        )
 
 
 def test_checkpoint_of_another_folder_is_refused(model, tmp_path, whole):

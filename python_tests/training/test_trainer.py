@@ -7,11 +7,12 @@ import tiny
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
 from rftcore.prompts import PromptsError
 from rftcore.rewards import RewardSpecError, declare
 from rftcore.training import RunError, Trainer, UsageError, load_config, lora
-from safetensors import safe_open
-from safetensors.torch import load_file
 
 
 def lines(folder):
@@ -153,7 +154,9 @@ def test_adapter_that_never_runs_is_only_warned_about(model, tmp_path):
 )
 def test_rewards_that_cannot_be_trained_on(model, tmp_path, reward, error, message):
     with pytest.raises(error, match=message):
-        Trainer(tiny.config(model, tmp_path / "run", reward={"function": f"tiny.{reward}"}, eval={"held_out_reward": None})).train()
+        Trainer(
+            tiny.config(model, tmp_path / "run", reward={"function": f"tiny.{reward}"}, eval={"held_out_reward": None})
+        ).train()
 
 
 def test_functions_and_a_pipeline_from_python(model, tmp_path):
@@ -216,4 +219,3 @@ def test_noise_in_sampling_is_each_samples_own(model, tmp_path):
         Trainer(tiny.config(model, tmp_path / str(accumulation), **groups)).train()
         first.append(lines(tmp_path / str(accumulation))[1]["reward/brightness/mean"])
     assert first[0] == pytest.approx(first[1], rel=1e-5)
-

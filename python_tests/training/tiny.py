@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
 from rftcore.digits.vocabulary import write_tokenizer
 from rftcore.rewards import declare
 from rftcore.training.config import DraftConfig
 from rftcore.training.parsing import build
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 TRAIN_PROMPTS = ["a handwritten one", "a handwritten two", "a handwritten three"]
 HELD_OUT_PROMPTS = ["a handwritten four", "a handwritten five"]
@@ -78,7 +79,11 @@ def values(model: Path | str, output_dir: Path, /, **groups) -> dict:
         "train": {"max_train_steps": 3, "batch_size": 2, "learning_rate": 1e-2, "backprop_steps": 2},
         "lora": {"rank": 2},
         "reward": {"function": "tiny.brightness"},
-        "eval": {"validation_prompts": HELD_OUT_PROMPTS, "num_validation_images": 1, "held_out_reward": "tiny.contrast"},
+        "eval": {
+            "validation_prompts": HELD_OUT_PROMPTS,
+            "num_validation_images": 1,
+            "held_out_reward": "tiny.contrast",
+        },
     }
     for key, value in groups.items():
         base[key] = {**base.get(key, {}), **value} if isinstance(value, dict) else value

@@ -5,6 +5,7 @@ import sys
 import tiny
 import torch
 from diffusers import StableDiffusionPipeline
+
 from rftcore.training import Trainer
 
 
