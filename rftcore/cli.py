@@ -103,7 +103,7 @@ def _flags_of(parser: ArgumentParser, arguments: list[str]) -> set[str]:
 
 
 def _quieten_libraries() -> None:
-    """Leaves the terminal to the run: no shard-loading bars, no advice on torchvision, no deprecations of ours to mend."""
+    """Leaves the terminal to the run: no shard-loading bars, no advice on torchvision, no deprecations."""
     import warnings
 
     import diffusers

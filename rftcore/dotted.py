@@ -31,5 +31,7 @@ def resolve(path: str) -> Any:
     if not hasattr(module, name):
         public = [known for known in dir(module) if not known.startswith("_")]
         close = difflib.get_close_matches(name, public, n=1, cutoff=0.5)
-        raise DottedPathError(f"module {module_name!r} has no {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        raise DottedPathError(
+            f"module {module_name!r} has no {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")
+        )
     return getattr(module, name)

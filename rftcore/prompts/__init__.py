@@ -44,8 +44,8 @@ def _from_file(path: Path) -> list[str]:
             lines.append((number, line.decode("utf-8").strip()))
         except UnicodeDecodeError as error:
             raise PromptsError(
-                f"{path}, line {number}: not UTF-8 (byte {error.object[error.start]:#04x} at column {error.start + 1}); "
-                "save the file as UTF-8"
+                f"{path}, line {number}: not UTF-8 (byte {error.object[error.start]:#04x} at column "
+                f"{error.start + 1}); save the file as UTF-8"
             ) from error
     if path.suffix == ".txt":
         return [line for _, line in lines if line and not line.startswith("#")]
@@ -58,7 +58,9 @@ def _from_json(path: Path, number: int, line: str) -> str:
     except json.JSONDecodeError as error:
         raise PromptsError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from error
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        raise PromptsError(f'{path}, line {number}: an object with a string under "prompt" is expected, not {line[:80]}')
+        raise PromptsError(
+            f'{path}, line {number}: an object with a string under "prompt" is expected, not {line[:80]}'
+        )
     return record["prompt"]
 
 

@@ -81,7 +81,9 @@ def load_judge(spec: str | Callable) -> Reward:
         return spec
     function = _find(spec) if isinstance(spec, str) else spec
     if not callable(function):
-        raise RewardSpecError(f"reward {spec!r} is a {type(function).__name__}, not a function (images, prompts, metadata)")
+        raise RewardSpecError(
+            f"reward {spec!r} is a {type(function).__name__}, not a function (images, prompts, metadata)"
+        )
     name = spec if isinstance(spec, str) and spec in KNOWN else getattr(function, "__name__", type(function).__name__)
     return Reward(
         function=function,
@@ -109,4 +111,3 @@ def _find(spec: str) -> Any:
         return resolve(KNOWN.get(spec, spec))
     except DottedPathError as error:
         raise RewardSpecError(f"reward {spec!r}: {error}") from error
-

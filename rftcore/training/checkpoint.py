@@ -69,7 +69,10 @@ def folders(output_dir: Path) -> list[Path]:
 
 
 def find(resume_from_checkpoint: str, output_dir: Path) -> Path:
-    """The checkpoint that "latest" or a path stands for. Raises: UsageError where there is none, or it is half-written."""
+    """The checkpoint that "latest" or a path in `output_dir` stands for.
+
+    Raises: UsageError where there is none, or it is half-written or another run's.
+    """
     if resume_from_checkpoint == "latest":
         complete = folders(output_dir)
         if not complete:
@@ -85,8 +88,8 @@ def find(resume_from_checkpoint: str, output_dir: Path) -> Path:
         raise UsageError(f"resume_from_checkpoint={path} {state}; complete checkpoints in {output_dir}: {known}")
     if path.resolve().parent != output_dir.resolve():
         raise UsageError(
-            f"resume_from_checkpoint={path} lies outside output_dir={output_dir}, and its run's metrics and samples with "
-            f"it; set --output_dir {path.resolve().parent}, or copy that whole folder and resume in the copy"
+            f"resume_from_checkpoint={path} lies outside output_dir={output_dir}, and its run's metrics and samples "
+            f"with it; set --output_dir {path.resolve().parent}, or copy that whole folder and resume in the copy"
         )
     return path
 
@@ -126,7 +129,9 @@ def load(path: Path, trained: Trained, config: RunConfig) -> Progress:
     record = json.loads((path / "progress.json").read_text(encoding="utf-8"))
     _check_same_run(path, record, config)
     weights, parameters = load_file(path / "trainable.safetensors"), lora.trainable(trained.unet)
-    fits = weights.keys() == parameters.keys() and all(weights[name].shape == parameters[name].shape for name in weights)
+    fits = weights.keys() == parameters.keys() and all(
+        weights[name].shape == parameters[name].shape for name in weights
+    )
     if not fits:
         raise UsageError(f"{path} was made for another model or adapter: its parameters have other names or shapes")
     with torch.no_grad():
@@ -162,7 +167,10 @@ def flat(config: RunConfig) -> dict[str, Any]:
 
 
 def _check_same_run(path: Path, record: dict[str, Any], config: RunConfig) -> None:
-    stored, current = {"algorithm": record["algorithm"], **record["config"]}, {"algorithm": config.algorithm, **flat(config)}
+    stored, current = (
+        {"algorithm": record["algorithm"], **record["config"]},
+        {"algorithm": config.algorithm, **flat(config)},
+    )
     differing = [key for key in sorted({*stored, *current} - FREE_KEYS) if stored.get(key) != current.get(key)]
     if differing:
         changes = "; ".join(f"{key}: {stored.get(key)!r} there, {current.get(key)!r} here" for key in differing)

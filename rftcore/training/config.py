@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Optional, Union
+from typing import Any, ClassVar, Literal
 
 from rftcore.training.errors import UsageError
 
@@ -29,8 +29,8 @@ class ModelConfig:
     pretrained_model_name_or_path: str = option(
         "rftcore.digits", "a StableDiffusionPipeline: hub name, folder, or rftcore.digits (ships with the package)"
     )
-    revision: Optional[str] = option(None, "revision on the hub")
-    variant: Optional[str] = option(None, "weight file variant, e.g. fp16")
+    revision: str | None = option(None, "revision on the hub")
+    variant: str | None = option(None, "weight file variant, e.g. fp16")
 
 
 @dataclass
@@ -40,9 +40,9 @@ class SamplingConfig:
     scheduler: Literal["ddim", "ddpm"] = option("ddim", "built from the model's own scheduler config")
     num_inference_steps: int = option(50, "sampling steps T")
     guidance_scale: float = option(7.5, "classifier-free guidance; 1.0 runs no negative branch")
-    eta: Optional[float] = option(None, "DDIM's noise level, 0 to 1; null: the scheduler's own (0 for DDIM)")
+    eta: float | None = option(None, "DDIM's noise level, 0 to 1; null: the scheduler's own (0 for DDIM)")
     negative_prompt: str = option("", "prompt of the negative branch")
-    resolution: Optional[int] = option(None, "image side in pixels; null: the model's own")
+    resolution: int | None = option(None, "image side in pixels; null: the model's own")
 
 
 @dataclass
@@ -50,9 +50,7 @@ class TrainConfig:
     """the optimisation"""
 
     max_train_steps: int = option(2000, "optimizer steps")
-    batch_size: int = option(
-        4, "samples in one optimizer step, over all processes and accumulation steps together"
-    )
+    batch_size: int = option(4, "samples in one optimizer step, over all processes and accumulation steps together")
     gradient_accumulation_steps: int = option(
         1, "parts that each process's share of the batch is computed in: less memory, same gradient"
     )
@@ -65,14 +63,14 @@ class TrainConfig:
     adam_beta2: float = option(0.999, "AdamW")
     adam_weight_decay: float = option(0.1, "AdamW")
     adam_epsilon: float = option(1e-8, "AdamW")
-    max_grad_norm: Optional[float] = option(1.0, "gradient norm is clipped to this; null: not clipped")
+    max_grad_norm: float | None = option(1.0, "gradient norm is clipped to this; null: not clipped")
 
 
 @dataclass
 class DraftTrainConfig(TrainConfig):
     """the optimisation"""
 
-    backprop_steps: Optional[int] = option(
+    backprop_steps: int | None = option(
         None, "K: the reward's gradient flows through the last K sampling steps; null: through all of them"
     )
 
@@ -82,7 +80,7 @@ class LoraConfig:
     """the adapter on the UNet (PEFT)"""
 
     rank: int = option(8, "LoRA rank")
-    alpha: Optional[float] = option(None, "LoRA scale is alpha / rank; null: rank, a scale of 1")
+    alpha: float | None = option(None, "LoRA scale is alpha / rank; null: rank, a scale of 1")
     target_modules: list[str] = option(
         ["to_q", "to_k", "to_v", "to_out.0"], "names, or endings of names, of the adapted modules"
     )
@@ -95,7 +93,7 @@ class RewardConfig:
     function: str = option(
         "digits", "a known name, or module.function of your own: (images, prompts, metadata) -> tensor (B,)"
     )
-    differentiable: Optional[bool] = option(
+    differentiable: bool | None = option(
         None, "declares it for a function that carries no `differentiable` attribute of its own"
     )
     images_per_call: int = option(1, "images decoded and scored at once: fewer need less memory, more are faster")
@@ -105,14 +103,14 @@ class RewardConfig:
 class EvalConfig:
     """what is measured before, during and after, always from the same noise"""
 
-    held_out_reward: Optional[str] = option(
+    held_out_reward: str | None = option(
         None, "a judge that is never trained on: a known name or module.function; null: none"
     )
-    validation_prompts: Union[str, list[str]] = option(
+    validation_prompts: str | list[str] = option(
         "rftcore.digits.held_out_prompts", "prompts that are not trained on: as for `prompts`"
     )
     num_validation_images: int = option(4, "images for each validation prompt, each from a seed of its own")
-    validation_steps: Optional[int] = option(None, "also evaluate every so many steps; null: only before and after")
+    validation_steps: int | None = option(None, "also evaluate every so many steps; null: only before and after")
     batch_size: int = option(8, "images sampled at once on each process")
     seed: int = option(1000, "of the evaluation's noise, apart from the run's")
 
@@ -125,15 +123,15 @@ class RunConfig:
 
     output_dir: str = option("output", "where everything the run makes is written")
     seed: int = option(0, "of adapter initialisation, noise, and prompt order")
-    prompts: Union[str, list[str]] = option(
+    prompts: str | list[str] = option(
         "rftcore.digits.train_prompts",
         "training prompts: a .txt (one a line, # comments) or .jsonl (key prompt) file, module.function, or a list",
     )
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "of the frozen weights; LoRA weights stay fp32")
-    report_to: Optional[Literal["tensorboard"]] = option(None, "tracker, beside metrics.jsonl")
+    report_to: Literal["tensorboard"] | None = option(None, "tracker, beside metrics.jsonl")
     checkpointing_steps: int = option(500, "a resumable checkpoint every so many steps")
-    checkpoints_total_limit: Optional[int] = option(None, "older checkpoints are removed; null: none is")
-    resume_from_checkpoint: Optional[str] = option(None, '"latest" in output_dir, or the path of a checkpoint')
+    checkpoints_total_limit: int | None = option(None, "older checkpoints are removed; null: none is")
+    resume_from_checkpoint: str | None = option(None, '"latest" in output_dir, or the path of a checkpoint')
     model: ModelConfig = group(ModelConfig)
     sampling: SamplingConfig = group(SamplingConfig)
     train: TrainConfig = group(TrainConfig)
@@ -172,8 +170,16 @@ class RunConfig:
             "sampling.guidance_scale": sampling.guidance_scale,
         }
         fractions = {"train.adam_beta1": train.adam_beta1, "train.adam_beta2": train.adam_beta2}
-        found = [f"{key}={value} must be at least 1" for key, value in at_least_one.items() if value is not None and value < 1]
-        found += [f"{key}={value} must be greater than 0" for key, value in positive.items() if value is not None and not value > 0]
+        found = [
+            f"{key}={value} must be at least 1"
+            for key, value in at_least_one.items()
+            if value is not None and value < 1
+        ]
+        found += [
+            f"{key}={value} must be greater than 0"
+            for key, value in positive.items()
+            if value is not None and not value > 0
+        ]
         found += [f"{key}={value} must not be negative" for key, value in not_negative.items() if not value >= 0]
         found += [f"{key}={value} must lie in [0, 1)" for key, value in fractions.items() if not 0 <= value < 1]
         if not self.output_dir.strip():

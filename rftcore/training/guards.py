@@ -63,9 +63,7 @@ def _has_gradient(layer: LoraLayer) -> bool:
 
 def _modules_that_run(layers: dict[str, LoraLayer], run_forward: Callable[[], object]) -> set[str]:
     ran: set[str] = set()
-    hooks = [
-        layer.register_forward_hook(lambda *_, name=name: ran.add(name)) for name, layer in layers.items()
-    ]
+    hooks = [layer.register_forward_hook(lambda *_, name=name: ran.add(name)) for name, layer in layers.items()]
     try:
         with torch.no_grad():
             run_forward()

@@ -51,7 +51,7 @@ def trainable(unet: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def save(unet: UNet2DConditionModel, folder: Path) -> Path:
-    """Writes the adapter into `folder` in diffusers' layout, with its rank and alpha as metadata, in one replacement."""
+    """Writes the adapter into `folder` in diffusers' layout, with rank and alpha as metadata, in one replacement."""
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         StableDiffusionPipeline.save_lora_weights(
             temporary,

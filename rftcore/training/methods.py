@@ -36,7 +36,7 @@ class Method(Protocol):
 
     @staticmethod
     def check_reward(reward: Reward) -> None:
-        """Raises RewardSpecError for a reward that the algorithm cannot learn from; asked before the model is loaded."""
+        """Raises RewardSpecError for a reward that the algorithm cannot use; asked before the model is loaded."""
 
     def accumulate_gradients(self, step: int) -> StepRecord:
         """Leaves the whole batch's gradient of step `step` (from 1) in the trainable parameters."""

@@ -17,7 +17,9 @@ from rftcore.training.errors import UsageError, nearest
 
 def add_options(parser: ArgumentParser, kind: type[RunConfig]) -> None:
     """Adds --config and one flag for each field of the config class, dotted for the fields of its groups."""
-    parser.add_argument("--config", action=_recipe_action(kind), help="a recipe's name or a YAML file; flags override it")
+    parser.add_argument(
+        "--config", action=_recipe_action(kind), help="a recipe's name or a YAML file; flags override it"
+    )
     general = parser.add_argument_group("run")
     types = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):

@@ -86,9 +86,9 @@ tags:
 - {config.algorithm}
 ---
 
-# LoRA of {base}, fine-tuned on the reward {next(iter(figures['rewards']))}
+# LoRA of {base}, fine-tuned on the reward {next(iter(figures["rewards"]))}
 
-Trained with rftcore ({config.algorithm}), {figures['steps']} optimizer steps of {config.train.batch_size} samples.
+Trained with rftcore ({config.algorithm}), {figures["steps"]} optimizer steps of {config.train.batch_size} samples.
 
 ```python
 from diffusers import StableDiffusionPipeline
@@ -103,9 +103,9 @@ pipeline.load_lora_weights("path/to/this/folder")
 |---|---|---|---|---|---|
 {rows}
 
-Mean ± standard error over {_evaluated_on(figures['evaluation'])}.
-{figures['reward_queries']} reward queries, {figures['unet_evaluations']} UNet evaluations, \
-{figures['wall_clock_s']:.1f} s, peak memory {figures['peak_memory_gib']:.2f} GiB.
+Mean ± standard error over {_evaluated_on(figures["evaluation"])}.
+{figures["reward_queries"]} reward queries, {figures["unet_evaluations"]} UNet evaluations, \
+{figures["wall_clock_s"]:.1f} s, peak memory {figures["peak_memory_gib"]:.2f} GiB.
 
 ```yaml
 {parsing.to_yaml(config).rstrip()}

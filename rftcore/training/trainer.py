@@ -75,6 +75,11 @@ class Trainer:
         self.progress = Progress()
         if self._resume_from is not None:
             self.progress = checkpoint.load(self._resume_from, self._trained, config)
+        if self.progress.step > config.train.max_train_steps:
+            raise UsageError(
+                f"train.max_train_steps={config.train.max_train_steps} lies before {self._resume_from}; "
+                "give a larger one, or resume from an earlier checkpoint"
+            )
         self._seconds_before = self.progress.counters.wall_clock_s
 
     def _find_start(self) -> Path | None:
@@ -147,6 +152,9 @@ class Trainer:
                     if step % self.config.checkpointing_steps == 0 or step == last:
                         self._save_checkpoint()
                     self._stop_if_asked(stop)
+                # A run resumed at its last step takes no step that would have evaluated.
+                if last not in self.progress.evaluations:
+                    self._evaluate()
                 return self._finish()
         except RewardError as error:
             raise RunError(str(error)) from error
@@ -185,7 +193,9 @@ class Trainer:
         """Clips, steps, clears; the gradient's norm before clipping."""
         limit = self.config.train.max_grad_norm
         grad_norm = float(
-            self.accelerator.clip_grad_norm_(list(lora.trainable(self._trained.unet).values()), math.inf if limit is None else limit)
+            self.accelerator.clip_grad_norm_(
+                list(lora.trainable(self._trained.unet).values()), math.inf if limit is None else limit
+            )
         )
         # With fp16's loss scaling an overflow is expected now and then: the scaler skips the step and lowers the scale.
         if not math.isfinite(grad_norm) and self.accelerator.scaler is None:
@@ -320,9 +330,7 @@ class Trainer:
         return self._seconds_before + time.perf_counter() - self._started
 
 
-def _judges(
-    config: RunConfig, reward: Callable | None, held_out_reward: Callable | None
-) -> list[rewards.Reward]:
+def _judges(config: RunConfig, reward: Callable | None, held_out_reward: Callable | None) -> list[rewards.Reward]:
     """The trained reward and, where there is one, the held-out judge."""
     judges = [rewards.load(reward or config.reward.function, differentiable=config.reward.differentiable)]
     held_out = held_out_reward or config.eval.held_out_reward
@@ -340,7 +348,9 @@ def _judges(
 def _accelerator(config: RunConfig) -> Accelerator:
     # accelerate itself would go on without the tracker, and say nothing.
     if config.report_to is not None and config.report_to not in map(str, get_available_trackers()):
-        raise UsageError(f"report_to={config.report_to} is not installed; pip install {config.report_to}, or leave it null")
+        raise UsageError(
+            f"report_to={config.report_to} is not installed; pip install {config.report_to}, or leave it null"
+        )
     try:
         return Accelerator(
             mixed_precision=config.mixed_precision,
@@ -350,9 +360,7 @@ def _accelerator(config: RunConfig) -> Accelerator:
             ),
         )
     except (ImportError, ValueError) as error:
-        raise UsageError(
-            f"accelerate cannot start with mixed_precision={config.mixed_precision}, report_to={config.report_to}: {error}"
-        ) from error
+        raise UsageError(f"accelerate cannot start with mixed_precision={config.mixed_precision}: {error}") from error
 
 
 def _png(image: Image.Image) -> bytes:
