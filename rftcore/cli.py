@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Interrupted as error:
         return _fail(error, 128 + error.signal_number)
     except KeyboardInterrupt:
-        return _fail("interrupted; a checkpoint saved before is still there", 130)
+        return _fail("interrupted at once; nothing was saved now, complete checkpoints stay", 130)
 
 
 def _fail(message: object, status: int) -> int:

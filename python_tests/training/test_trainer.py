@@ -5,11 +5,13 @@ import json
 import pytest
 import tiny
 import torch
+import yaml
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from rftcore import cli
 from rftcore.prompts import PromptsError
 from rftcore.rewards import RewardSpecError, declare
 from rftcore.training import RunError, Trainer, UsageError, load_config, lora
@@ -157,6 +159,29 @@ def test_rewards_that_cannot_be_trained_on(model, tmp_path, reward, error, messa
         Trainer(
             tiny.config(model, tmp_path / "run", reward={"function": f"tiny.{reward}"}, eval={"held_out_reward": None})
         ).train()
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "message"),
+    [
+        (["--reward.function", "tiny.not_a_number"], 1, "not_a_number"),
+        (
+            ["--reward.function", "tiny.contrast", "--eval.held_out_reward", "null"],
+            2,
+            "DRaFT follows the reward's gradient",
+        ),
+        (["--prompts", "prompts.txt"], 2, "prompts.txt' are empty"),
+        (["--output_dir", "."], 2, "output_dir=. is not empty"),
+    ],
+)
+def test_exit_status_of_the_command(model, tmp_path, monkeypatch, capsys, flags, status, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "prompts.txt").write_text("# none yet\n")
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(tiny.values(model, tmp_path / "run")))
+    assert cli.main(["train", "draft", "--config", "run.yaml", *flags]) == status
+    stderr = capsys.readouterr().err
+    assert stderr.splitlines()[-1].startswith("rftcore: error: ")
+    assert message in stderr
 
 
 def test_functions_and_a_pipeline_from_python(model, tmp_path):
