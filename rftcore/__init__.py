@@ -10,15 +10,21 @@ _HOME = {
     "build_info": "rftcore.build",
     "CheckpointedSampler": "rftcore.sampling",
     "GradientPath": "rftcore.sampling",
+    "Trainer": "rftcore.training",
     "Trajectory": "rftcore.sampling",
     "decode": "rftcore.sampling",
     "score": "rftcore.sampling",
 }
 
+# Packages that are used by their dotted name after a plain `import rftcore`.
+_PACKAGES = ("digits", "prompts", "rewards", "sampling", "training")
+
 __all__ = ["__version__", *_HOME]
 
 
 def __getattr__(name):
+    if name in _PACKAGES:
+        return import_module(f"rftcore.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'rftcore' has no attribute {name!r}; it has {', '.join(__all__)}")
     value = globals()[name] = getattr(import_module(_HOME[name]), name)
@@ -26,4 +32,4 @@ def __getattr__(name):
 
 
 def __dir__():
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_PACKAGES})
