@@ -57,7 +57,7 @@ def _parser() -> ArgumentParser:
     actions.add_subcommand("ls", _subparser("List the recipes."), help="list them")
     copy = _subparser("Copy a recipe, to edit it and give its path to --config.")
     copy.add_argument("name", type=str, help="the recipe")
-    copy.add_argument("target", type=str, nargs="?", default=None, help="file or folder; default: here")
+    copy.add_argument("target", type=str, nargs="?", help="file or folder; default: here")
     actions.add_subcommand("cp", copy, help="copy one")
 
     commands.add_subcommand(
