@@ -119,6 +119,11 @@ def test_every_word_is_one_token(pipeline):
         assert len(pipeline.tokenizer(prompt).input_ids) == 2 + len(prompt.split())
 
 
+def test_other_words_fall_apart_into_bytes_and_come_back(pipeline):
+    ids = pipeline.tokenizer("a zebra, 7 naïve").input_ids
+    assert pipeline.tokenizer.decode(ids, skip_special_tokens=True).replace(" ", "") == "azebra,7naïve"
+
+
 # The data
 
 
@@ -284,6 +289,18 @@ def test_bold_samples_have_more_ink_than_thin_ones(pipeline):
 
 
 # The pretraining
+
+
+def test_captions_are_true_of_the_weight_and_mostly_of_the_digit():
+    from rftcore.digits.diffusion_training import caption
+
+    torch.manual_seed(0)
+    captions = [caption(3, 1) for _ in range(2000)]
+    named = Counter(digits.label(text) for text in captions if text)
+    assert named.keys() == {3, 8} and 0.6 < named[3] / named.total() < 0.7
+    assert 0.08 < captions.count("") / 2000 < 0.12
+    assert not any("thin" in text for text in captions)
+    assert {*captions} - {""} <= {*digits.train_prompts(), *digits.held_out_prompts()}
 
 
 def test_pretraining_repeats_bit_for_bit_and_loads(scans, tmp_path):

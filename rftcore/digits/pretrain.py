@@ -40,7 +40,7 @@ class Budget:
     """How many optimizer steps each part gets. The defaults take 20 minutes on one core."""
 
     autoencoder: int = 1000
-    denoiser: int = 3000
+    denoiser: int = 2000
     reward: int = 1500
 
 
