@@ -50,7 +50,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 def build_unet() -> UNet2DConditionModel:
     """Build the denoiser, 2.3 M parameters: latents (B, 4, 8, 8) and text (B, 12, 64) to v (B, 4, 8, 8).
 
-    The last block has no attention: at 64 tokens it would cost a quarter of the forward on a CPU.
+    The last block has no attention: at 64 tokens it would cost a fifth of the forward on a CPU.
     """
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,

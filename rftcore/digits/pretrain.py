@@ -37,7 +37,7 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True)
 class Budget:
-    """How many optimizer steps each part gets. The defaults take 20 minutes on one core."""
+    """How many optimizer steps each part gets. The defaults take 12 to 20 minutes on one core."""
 
     autoencoder: int = 1000
     denoiser: int = 2000
