@@ -1,7 +1,9 @@
 // rftcore._cpu
 #include <pybind11/pybind11.h>
 
+#include "../common/group_norm_silu_binding.h"
 #include "../common/sampler_step_binding.h"
+#include "group_norm_silu.h"
 #include "sampler_step.h"
 #include "simd.h"
 
@@ -15,5 +17,7 @@ PYBIND11_MODULE(_cpu, module) {
     info["cuda"] = RFTCORE_CUDA_STATUS;
     return info;
   });
+  rftcore::group_norm_silu::bind<int64_t>(module, rftcore::cpu::group_norm_silu_forward,
+                                          rftcore::cpu::group_norm_silu_backward);
   rftcore::sampler_step::bind<int64_t>(module, rftcore::cpu::sampler_step_forward, rftcore::cpu::sampler_step_backward);
 }

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rftcore import build
-from rftcore.ops import backends
+from rftcore.ops import backends, compiled
 
 
 class Coefficient(IntEnum):
@@ -41,12 +40,6 @@ class SamplerStep(NamedTuple):
 
 # Codes shared with csrc/common.
 _DIVERGENCES = {None: 0, "exact": 1, "uniform": 2}
-_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
-
-
-def maths_dtype(sample: Tensor, model_output: Tensor) -> torch.dtype:
-    """The dtype of coefficients, log-probabilities and all arithmetic: fp64 where an input is fp64, else fp32."""
-    return torch.float64 if torch.float64 in (sample.dtype, model_output.dtype) else torch.float32
 
 
 def sampler_step(
@@ -68,7 +61,8 @@ def sampler_step(
     Args:
         sample: x_t, (B, ...), fp64, fp32, bf16 or fp16.
         model_output: (B, ...), or (2B, ...) with the B negative (unconditional) outputs first: guided.
-        coefficients: (9,), (1, 9) or (B, 9), on the sample's device, in `maths_dtype`; columns: `Coefficient`.
+        coefficients: (9,), (1, 9) or (B, 9), on the sample's device, fp64 where sample or model_output is, else fp32;
+            columns: `Coefficient`.
         noise: like `sample`. None: the mean is taken.
         next_sample: like `sample`, the step to score. Returned as it is; no gradient flows to it.
         reference_output: the frozen model's, like `model_output`; needed for a divergence. No gradient flows to it.
@@ -86,7 +80,7 @@ def sampler_step(
     if torch.is_grad_enabled() and (sample.requires_grad or model_output.requires_grad):
         outputs = _Step.apply(*inputs)
     else:
-        outputs = _call_forward(*inputs)
+        outputs = _forward(*inputs[:-1], _DIVERGENCES[divergence])
     stepped, log_prob, distance = outputs
     return SamplerStep(
         stepped if next_sample is None else next_sample.detach(), log_prob, None if divergence is None else distance
@@ -97,7 +91,7 @@ def sampler_step_reference(
     sample, model_output, coefficients, noise=None, next_sample=None, reference_output=None, divergence=None
 ) -> SamplerStep:
     """The specification, in plain PyTorch. Arguments as in `sampler_step`, unchecked."""
-    dtype = maths_dtype(sample, model_output)
+    dtype = compiled.maths_dtype(sample, model_output)
     batch, elements = sample.shape[0], math.prod(sample.shape[1:])
     x = sample.to(dtype)
 
@@ -157,7 +151,8 @@ class _Step(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, sample, model_output, coefficients, noise, next_sample, reference_output, divergence):
-        outputs = _call_forward(sample, model_output, coefficients, noise, next_sample, reference_output, divergence)
+        code = _DIVERGENCES[divergence]
+        outputs = _forward(sample, model_output, coefficients, noise, next_sample, reference_output, code)
         stepped, _, distance = outputs
         ctx.divergence = divergence
         ctx.sampled = next_sample is None
@@ -178,7 +173,7 @@ class _Step(torch.autograd.Function):
             grad_log_prob,
             grad_divergence if ctx.divergence is not None else None,
             *ctx.saved_tensors,
-            ctx.divergence,
+            _DIVERGENCES[ctx.divergence],
             *needs,
         )
         grad_sample, grad_output = (grad if needed else None for grad, needed in zip(grads, needs, strict=True))
@@ -190,139 +185,68 @@ class _StepBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        return _call_backward(*inputs)
+        return _backward(*inputs)
 
     @staticmethod
     def backward(ctx, *grads):
-        raise RuntimeError(
-            "sampler_step: its gradient was differentiated a second time (create_graph=True), which the compiled "
-            'backends do not support; backend="reference" does.'
-        )
+        raise compiled.differentiated_twice("sampler_step")
 
 
-def _call_forward(sample, model_output, coefficients, noise, next_sample, reference_output, divergence):
-    inputs = (sample, model_output, coefficients, noise, next_sample, reference_output)
-    # 9 us, against 13 us through the dispatcher (an EPYC core, a sample of 256 elements).
-    function = _forward if backends.is_plain(*inputs) else torch.ops.rftcore.sampler_step
-    return function(*inputs, _DIVERGENCES[divergence])
-
-
-def _call_backward(
-    grad_next, grad_log_prob, grad_divergence, sample, model_output, coefficients, stepped, reference_output,
-    divergence, needs_sample, needs_output,
-):  # fmt: skip
-    tensors = (
-        grad_next, grad_log_prob, grad_divergence, sample, model_output, coefficients, stepped, reference_output,
-    )  # fmt: skip
-    function = _backward if backends.is_plain(*tensors) else torch.ops.rftcore.sampler_step_backward
-    return function(*tensors, _DIVERGENCES[divergence], needs_sample, needs_output)
-
-
-_LIBRARY = torch.library.Library("rftcore", "FRAGMENT")
-_LIBRARY.define(
-    "sampler_step(Tensor sample, Tensor model_output, Tensor coefficients, Tensor? noise, Tensor? next_sample, "
-    "Tensor? reference_output, int divergence) -> (Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-_LIBRARY.define(
-    "sampler_step_backward(Tensor? grad_next, Tensor? grad_log_prob, Tensor? grad_divergence, Tensor sample, "
-    "Tensor model_output, Tensor coefficients, Tensor stepped, Tensor? reference_output, int divergence, "
-    "bool needs_sample, bool needs_output) -> (Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-def _forward_outputs(sample, model_output, next_sample, divergence):
+def _forward_outputs(sample, model_output, coefficients, noise, next_sample, reference_output, divergence):
     """Uninitialised results of the op; empty where there is none (`next_sample` given, `divergence` 0)."""
-    dtype, batch = maths_dtype(sample, model_output), sample.shape[0]
+    dtype, batch = compiled.maths_dtype(sample, model_output), sample.shape[0]
     stepped = sample.new_empty(sample.shape if next_sample is None else (0,))
     return stepped, sample.new_empty(batch, dtype=dtype), sample.new_empty(batch if divergence else 0, dtype=dtype)
 
 
-def _backward_outputs(sample, model_output, needs_sample, needs_output):
+def _backward_outputs(
+    grad_next, grad_log_prob, grad_divergence, sample, model_output, coefficients, stepped, reference_output,
+    divergence, needs_sample, needs_output,
+):  # fmt: skip
     return (
         sample.new_empty(sample.shape if needs_sample else (0,)),
         model_output.new_empty(model_output.shape if needs_output else (0,)),
     )
 
 
-@torch.library.register_fake("rftcore::sampler_step", lib=_LIBRARY)
-def _(sample, model_output, coefficients, noise, next_sample, reference_output, divergence):
-    return _forward_outputs(sample, model_output, next_sample, divergence)
-
-
-@torch.library.register_fake("rftcore::sampler_step_backward", lib=_LIBRARY)
-def _(
-    grad_next, grad_log_prob, grad_divergence, sample, model_output, coefficients, stepped, reference_output,
-    divergence, needs_sample, needs_output,
-):  # fmt: skip
-    return _backward_outputs(sample, model_output, needs_sample, needs_output)
-
-
-def _forward(sample, model_output, coefficients, noise, next_sample, reference_output, divergence):
-    outputs = _forward_outputs(sample, model_output, next_sample, divergence)
-    _launch(
-        "sampler_step_forward", sample, model_output, coefficients, divergence,
-        inputs=(sample, model_output, coefficients, noise, next_sample, reference_output),
-        outputs=outputs,
-    )  # fmt: skip
+def _launch_forward(*inputs):
+    outputs = _forward_outputs(*inputs)
+    *tensors, divergence = inputs
+    _launch("sampler_step_forward", *tensors[:3], divergence, inputs=tensors, outputs=outputs)
     return outputs
 
 
-def _backward(
-    grad_next, grad_log_prob, grad_divergence, sample, model_output, coefficients, stepped, reference_output,
-    divergence, needs_sample, needs_output,
-):  # fmt: skip
-    outputs = _backward_outputs(sample, model_output, needs_sample, needs_output)
-    _launch(
-        "sampler_step_backward", sample, model_output, coefficients, divergence,
-        inputs=(
-            sample, model_output, coefficients, stepped, reference_output, grad_next, grad_log_prob, grad_divergence,
-        ),
-        outputs=outputs,
-    )  # fmt: skip
+def _launch_backward(*inputs):
+    outputs = _backward_outputs(*inputs)
+    grads, tensors, divergence = inputs[:3], inputs[3:8], inputs[8]
+    _launch("sampler_step_backward", *tensors[:3], divergence, inputs=(*tensors, *grads), outputs=outputs)
     return outputs
 
 
 def _launch(name, sample, model_output, coefficients, divergence, inputs, outputs):
-    """Calls the compiled function of the sample's device with raw pointers; null where there is no tensor."""
+    """Calls the compiled function with raw pointers."""
     batch = sample.shape[0]
     # Logical order in memory, whatever the strides: it fixes the order of the sums. Held here until the call returns.
     inputs = [None if t is None else t.contiguous() for t in inputs]
-    arguments = (
-        _DTYPES[sample.dtype],
-        _DTYPES[model_output.dtype],
-        batch,
-        math.prod(sample.shape[1:]),
-        model_output.shape[0] != batch,
-        coefficients.dim() == 2 and coefficients.shape[0] != 1,
-        divergence,
-        *(0 if t is None else t.data_ptr() for t in (*inputs, *outputs)),
-    )
-    if sample.device.type == "cuda":
-        with torch.cuda.device(sample.device):
-            getattr(build.load("_cuda"), name)(*arguments, torch.cuda.current_stream().cuda_stream)
-    else:
-        getattr(build.load("_cpu"), name)(*arguments, torch.get_num_threads())
+    compiled.launch(
+        name, sample.device, compiled.DTYPES[sample.dtype], compiled.DTYPES[model_output.dtype], batch,
+        math.prod(sample.shape[1:]), model_output.shape[0] != batch,
+        coefficients.dim() == 2 and coefficients.shape[0] != 1, divergence,
+        *map(compiled.address, (*inputs, *outputs)),
+    )  # fmt: skip
 
 
-for _key in ("CPU", "CUDA"):
-    _LIBRARY.impl("sampler_step", _forward, _key)
-    _LIBRARY.impl("sampler_step_backward", _backward, _key)
-
-
-def _compiled_reasons(module: str, device_type: str):
-    missing = build.why_not_loaded(module)
-
-    def not_supported_reasons(sample, model_output) -> list[str]:
-        reasons = backends.transform_reasons()
-        if sample.device.type != device_type:
-            reasons.append(f"it serves {device_type} tensors, sample is on {sample.device}")
-        if missing is not None:
-            reasons.append(missing)
-        return reasons
-
-    return not_supported_reasons
+_forward = compiled.define(
+    "sampler_step(Tensor sample, Tensor model_output, Tensor coefficients, Tensor? noise, Tensor? next_sample, "
+    "Tensor? reference_output, int divergence) -> (Tensor, Tensor, Tensor)",
+    _launch_forward, _forward_outputs, ["CPU", "CUDA"],
+)  # fmt: skip
+_backward = compiled.define(
+    "sampler_step_backward(Tensor? grad_next, Tensor? grad_log_prob, Tensor? grad_divergence, Tensor sample, "
+    "Tensor model_output, Tensor coefficients, Tensor stepped, Tensor? reference_output, int divergence, "
+    "bool needs_sample, bool needs_output) -> (Tensor, Tensor)",
+    _launch_backward, _backward_outputs, ["CPU", "CUDA"],
+)  # fmt: skip
 
 
 def _example(device: str, dtype: torch.dtype):
@@ -334,8 +258,8 @@ OP = backends.register(
     backends.Op(
         "sampler_step",
         {
-            "cuda": _compiled_reasons("_cuda", "cuda"),
-            "cpu": _compiled_reasons("_cpu", "cpu"),
+            "cuda": compiled.reasons("_cuda", "cuda", "sample"),
+            "cpu": compiled.reasons("_cpu", "cpu", "sample"),
             "reference": lambda sample, model_output: [],
         },
         _example,
@@ -345,14 +269,10 @@ OP = backends.register(
 
 def _check(sample, model_output, coefficients, noise, next_sample, reference_output, divergence):
     for name, tensor in (("sample", sample), ("model_output", model_output)):
-        if tensor.dtype not in _DTYPES or tensor.layout != torch.strided:
-            raise ValueError(
-                f"sampler_step: {name} is {tensor.dtype}, {tensor.layout}; it must be a dense fp64, fp32, bf16 or fp16 "
-                f"tensor. Convert it: {name}.to(torch.float32)."
-            )
+        compiled.check_tensor("sampler_step", name, tensor)
     if sample.dim() == 0:
         raise ValueError("sampler_step: sample has no dimension; it must be (B, ...). Try sample[None].")
-    shape, batch, dtype = sample.shape, sample.shape[0], maths_dtype(sample, model_output)
+    shape, batch, dtype = sample.shape, sample.shape[0], compiled.maths_dtype(sample, model_output)
     if model_output.shape not in (shape, (2 * batch, *shape[1:])):
         raise ValueError(
             f"sampler_step: model_output is {tuple(model_output.shape)}; for a sample of {tuple(shape)} it must have "

@@ -1,0 +1,72 @@
+"""What the tests of every op share."""
+
+import math
+
+import pytest
+import torch
+
+BACKENDS = [
+    "reference",
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
+]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed"]
+
+
+def device_of(backend):
+    return "cuda" if backend == "cuda" else "cpu"
+
+
+def relative_error(value, expected):
+    """In the Frobenius norm."""
+    return ((value.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-300)).item()
+
+
+def assert_as_good_as(stock, ours, exact):
+    """Each of our values has at most twice the error of PyTorch's in the same dtype, both against fp64."""
+    for yardstick, mine, expected in zip(stock, ours, exact, strict=True):
+        assert mine.dtype == yardstick.dtype
+        assert relative_error(mine, expected) <= 2 * relative_error(yardstick, expected) + 1e-6
+
+
+def laid_out(tensor, layout):
+    """The same values, in another memory format."""
+    if layout == "channels_last":
+        return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
+    if layout == "sliced":
+        wide = tensor.new_full((*tensor.shape[:-1], 2 * tensor.shape[-1] + 1), math.nan)
+        wide[..., 1::2] = tensor
+        return wide[..., 1::2]
+    if layout == "transposed":
+        return tensor.transpose(0, -1).contiguous().transpose(0, -1)
+    return tensor.contiguous()
+
+
+def value_and_gradients(function, inputs, grad):
+    """The output of `function(*inputs)` and the gradients of those inputs that require one."""
+    output = function(*inputs)
+    return [output, *torch.autograd.grad(output, [t for t in inputs if t is not None and t.requires_grad], grad)]
+
+
+def saved_by(function, *inputs):
+    """The tensors that autograd keeps for the backward of `function(*inputs)`."""
+    saved = []
+
+    def keep(tensor):
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        output = function(*inputs)
+    del output
+    return saved
+
+
+@pytest.fixture
+def nan_filled(monkeypatch):
+    """Uninitialised memory is NaN: what a kernel leaves unwritten shows."""
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda self, *args, **options: new_empty(self, *args, **options).fill_(math.nan)
+    )
