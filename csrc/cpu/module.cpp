@@ -1,8 +1,10 @@
 // rftcore._cpu
 #include <pybind11/pybind11.h>
 
+#include "../common/geglu_binding.h"
 #include "../common/group_norm_silu_binding.h"
 #include "../common/sampler_step_binding.h"
+#include "geglu.h"
 #include "group_norm_silu.h"
 #include "sampler_step.h"
 #include "simd.h"
@@ -17,6 +19,7 @@ PYBIND11_MODULE(_cpu, module) {
     info["cuda"] = RFTCORE_CUDA_STATUS;
     return info;
   });
+  rftcore::geglu::bind<int64_t>(module, rftcore::cpu::geglu_forward, rftcore::cpu::geglu_backward);
   rftcore::group_norm_silu::bind<int64_t>(module, rftcore::cpu::group_norm_silu_forward,
                                           rftcore::cpu::group_norm_silu_backward);
   rftcore::sampler_step::bind<int64_t>(module, rftcore::cpu::sampler_step_forward, rftcore::cpu::sampler_step_backward);

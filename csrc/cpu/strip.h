@@ -6,7 +6,7 @@
 
 namespace rftcore {
 
-constexpr int64_t kLanes = 32;
+constexpr int64_t kLanes = 16;
 
 // `rows` rows of at most kLanes neighbours, `stride` elements apart.
 struct Strip {
@@ -17,7 +17,7 @@ struct Strip {
 // cache.
 template <class Function>
 void cut_line(int64_t offset, int64_t count, const Function& function) {
-  constexpr int64_t kRows = 128;
+  constexpr int64_t kRows = 256;
   const int64_t rows = count / kLanes;
   for (int64_t row = 0; row < rows; row += kRows)
     function(Strip{offset + row * kLanes, std::min(kRows, rows - row), kLanes, kLanes});

@@ -2,20 +2,11 @@
 
 import math
 
-import pytest
 import torch
 
-BACKENDS = [
-    "reference",
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")),
-]
+BACKENDS = ["reference", "cpu"]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed"]
-
-
-def device_of(backend):
-    return "cuda" if backend == "cuda" else "cpu"
 
 
 def relative_error(value, expected):
@@ -61,12 +52,3 @@ def saved_by(function, *inputs):
         output = function(*inputs)
     del output
     return saved
-
-
-@pytest.fixture
-def nan_filled(monkeypatch):
-    """Uninitialised memory is NaN: what a kernel leaves unwritten shows."""
-    new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(
-        torch.Tensor, "new_empty", lambda self, *args, **options: new_empty(self, *args, **options).fill_(math.nan)
-    )

@@ -1,11 +1,14 @@
 """Operations: a file per op, each with its contract, its plain-PyTorch reference and its backends."""
 
+from rftcore.ops.geglu import geglu, geglu_reference
 from rftcore.ops.group_norm_silu import group_norm_silu, group_norm_silu_reference
 from rftcore.ops.sampler_step import Coefficient, SamplerStep, sampler_step, sampler_step_reference
 
 __all__ = [
     "Coefficient",
     "SamplerStep",
+    "geglu",
+    "geglu_reference",
     "group_norm_silu",
     "group_norm_silu_reference",
     "sampler_step",

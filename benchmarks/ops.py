@@ -1,0 +1,74 @@
+"""Each compiled op, forward and backward, against the eager chain of the operations it replaces."""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks.harness import Case, compare, report
+from rftcore import ops
+
+GROUPS, EPS = 32, 1e-5
+
+
+def group_norm_chain(x, weight, bias, channel_bias):
+    """As diffusers' ResnetBlock2D computes it."""
+    return F.silu(F.group_norm(x + channel_bias[:, :, None, None], GROUPS, weight, bias, EPS))
+
+
+def group_norm_op(x, weight, bias, channel_bias):
+    return ops.group_norm_silu(x, weight, bias, GROUPS, EPS, channel_bias=channel_bias)
+
+
+def geglu_chain(u):
+    """As diffusers' GEGLU computes it."""
+    hidden, gate = u.chunk(2, dim=-1)
+    return hidden * F.gelu(gate)
+
+
+def step(function, inputs, grad):
+    """One forward and one backward to the inputs that require a gradient."""
+    trained = [t for t in inputs if t.requires_grad]
+    return lambda: torch.autograd.grad(function(*inputs), trained, grad)
+
+
+def group_norm_cases(shape, memory_format):
+    x = torch.randn(shape).to(memory_format=memory_format).requires_grad_()
+    weight, bias = torch.randn(2, shape[1])  # frozen, as under a LoRA
+    inputs = (x, weight, bias, torch.randn(shape[:2], requires_grad=True))
+    grad = torch.randn(shape).to(memory_format=memory_format)
+    columns = {"op": "group_norm_silu", "shape": str(shape), "format": str(memory_format).removeprefix("torch.")}
+    return pair(columns, group_norm_op, group_norm_chain, inputs, grad)
+
+
+def geglu_cases(shape):
+    u = torch.randn(shape, requires_grad=True)
+    columns = {"op": "geglu", "shape": str(shape), "format": "contiguous_format"}
+    return pair(columns, ops.geglu, geglu_chain, (u,), torch.randn(*shape[:-1], shape[-1] // 2))
+
+
+def pair(columns, op, chain, inputs, grad):
+    return [Case("rftcore", step(op, inputs, grad), columns), Case("eager", step(chain, inputs, grad), columns)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--repeats", type=int, default=50)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(arguments.threads)
+    resnet = [(2, 128, 64, 64), (2, 256, 32, 32), (2, 320, 64, 64), (2, 640, 32, 32)]
+    pairs = [group_norm_cases(s, f) for s in resnet for f in (torch.contiguous_format, torch.channels_last)]
+    pairs += [geglu_cases(shape) for shape in ((2, 4096, 1024), (2, 1024, 2048), (2, 4096, 2560))]
+    rows = []
+    for cases in pairs:
+        ours, eager = compare(cases, repeats=arguments.repeats, warmup=5)
+        rows += [{**ours, "speedup": eager["median_s"] / ours["median_s"]}, eager]
+    report("ops", rows, vars(arguments))
+
+
+if __name__ == "__main__":
+    main()
