@@ -1,5 +1,6 @@
 """Slicing, joining, moving and storing trajectories."""
 
+import numpy
 import pytest
 import torch
 
@@ -94,3 +95,9 @@ def test_seeded_generators(rollout):
 def test_size_of_the_latents(rollout):
     _, trajectory = rollout(sample_size=(4, 12), batch=1)
     assert trajectory.latents.shape == (1, 4, 4, 12)
+
+
+def test_integers_of_every_kind_keep_the_batch(rollout):
+    _, trajectory = rollout()
+    for index in (1, torch.tensor(1), numpy.int64(1)):
+        assert trajectory[index].latents.shape == (1, 4, 8, 8)

@@ -6,12 +6,12 @@ import contextlib
 import dataclasses
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 
 
 @dataclasses.dataclass(frozen=True)
 class Ambient:
-    """The autocast state and the choice of attention kernels at the time of `capture`."""
+    """The autocast state, and the attention kernels allowed with their order, at the time of `capture`."""
 
     autocast: tuple[tuple[str, bool, torch.dtype], ...]
     sdpa_backends: tuple[SDPBackend, ...]
@@ -21,7 +21,7 @@ class Ambient:
         kinds = sorted({"cpu", device.type})
         return cls(
             tuple((kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds),
-            tuple(_enabled_sdpa_backends()),
+            tuple(_cur_sdpa_kernel_backends(with_priority=True)),
         )
 
     @contextlib.contextmanager
@@ -32,18 +32,8 @@ class Ambient:
                 # A cast cached without a graph would silently cut a replay's gradient, one with a graph would be
                 # backpropagated through twice: replays cache none.
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
-            stack.enter_context(sdpa_kernel(list(self.sdpa_backends)))
+            stack.enter_context(sdpa_kernel(list(self.sdpa_backends), set_priority=True))
             yield
-
-
-def _enabled_sdpa_backends() -> list[SDPBackend]:
-    flags = {
-        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
-        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),
-        SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled(),
-        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled(),
-    }
-    return [backend for backend, enabled in flags.items() if enabled]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,8 @@ from rftcore.ops.sampler_step import sampler_step
 from rftcore.sampling.ambient import Ambient, RandomState
 from rftcore.sampling.denoiser import Denoiser
 from rftcore.sampling.gradient_path import GradientPath
-from rftcore.sampling.replay import GradientSum, gradients, replay_parameters
+from rftcore.sampling.module_state import ModuleState
+from rftcore.sampling.replay import GradientSum, check_reached, gradients, replay_parameters
 
 
 @dataclasses.dataclass
@@ -42,7 +43,9 @@ class Chain:
     def forward(self, leaves: Sequence[Tensor]) -> tuple[tuple[Tensor], tuple[Tensor, Tensor], tuple[Tensor, ...]]:
         x, conditioning = leaves[0].detach(), dict(zip(self.names, leaves[1:], strict=False))
         self._modes = self.path.effective_modes
-        self._ambient = Ambient.capture(x.device)
+        if self.path.differentiates:
+            self._ambient = Ambient.capture(x.device)
+            self._module_state = ModuleState.capture(self.denoiser.module)
         self._random: dict[int, RandomState] = {}
         states, log_probs, outputs = [x], [], []
         for step, mode in enumerate(self._modes):
@@ -63,34 +66,31 @@ class Chain:
     def backward(
         self, leaves: Sequence[Tensor], saved: Sequence[Tensor], grads: Sequence[Tensor | None], needed: Sequence[bool]
     ) -> list[Tensor | None]:
-        (grad,) = grads
-        states, outputs = saved[0], list(saved[1:])
-        first = next(step for step, mode in enumerate(self._modes) if mode != "none")
-        start_needed = needed[0] and self.path.reaches_start
         conditioning, conditioning_needed = leaves[1 : 1 + len(self.names)], needed[1 : 1 + len(self.names)]
         parameters, swapped = replay_parameters(self.parameters)
         total = GradientSum([*conditioning, *parameters])
-        for step in reversed(range(first, len(self._modes))):
-            if grad is None:
-                break
-            mode = self._modes[step]
-            x = states[step].detach().requires_grad_((step > first or start_needed) and mode != "detach_x")
-            model_output = outputs.pop() if mode == "detach_eps" else None
-            replicas = [c.detach().requires_grad_(n) for c, n in zip(conditioning, conditioning_needed, strict=True)]
-            if model_output is None:
+        start_needed = needed[0] and self.path.reaches_start
+        states, outputs, (grad,) = saved[0], list(saved[1:]), grads
+        first = next(step for step, mode in enumerate(self._modes) if mode != "none")
+        with self._module_state.restored():
+            for step in reversed(range(first, len(self._modes))):
+                mode = self._modes[step]
+                x_needed = mode != "detach_x" and (step > first or start_needed)
+                x = states[step].detach().requires_grad_(x_needed)
+                if mode == "detach_eps":
+                    with torch.enable_grad():
+                        next_x = sampler_step(x, outputs.pop(), self.coefficients[step]).next_sample
+                    (grad,) = gradients([next_x], [grad], [x])
+                    continue
+                replicas = [
+                    c.detach().requires_grad_(n) for c, n in zip(conditioning, conditioning_needed, strict=True)
+                ]
                 next_x = self._replay(step, x, replicas, swapped, detach_input=mode == "detach_input")
-                inputs = [x, *replicas, *parameters]
-            elif x.requires_grad:
-                with torch.enable_grad():
-                    next_x = sampler_step(x, model_output, self.coefficients[step]).next_sample
-                inputs = [x]
-            else:
-                break
-            x_grad, *rest = gradients([next_x], [grad], inputs)
-            if rest:
+                grad, *rest = gradients([next_x], [grad], [x, *replicas, *parameters])
                 total.add(rest)
-            grad = x_grad
-        return [grad if start_needed else None, *total.result()]
+        result = total.result()
+        check_reached(result[len(self.names) :], self.parameters)
+        return [grad if start_needed else None, *result]
 
     def _replay(
         self, step: int, x: Tensor, conditioning: list[Tensor], swapped: dict[str, Tensor], *, detach_input: bool

@@ -11,8 +11,9 @@ from torch.autograd.function import once_differentiable
 
 CLAMPS = ("hard", "straight_through", "none")
 
-# A decoder's gradients lie near 1e-6 for an image of 512 px, below fp16's normal range. A power of two is exact.
-_GRADIENT_SCALE = 2.0**12
+# A decoder's gradients lie near 1e-6 for an image of 512 px, below fp16's normal range. Powers of two are exact; the
+# second is for rewards whose own gradient is large.
+_FP16_GRADIENT_SCALES = (2.0**12, 1.0)
 
 
 class RewardError(ValueError):
@@ -84,6 +85,8 @@ def score(
         ValueError: for arguments that do not fit.
     """
     count = latents.shape[0]
+    if count == 0:
+        raise ValueError("latents holds no images; score needs at least one.")
     if len(prompts) != count or isinstance(prompts, str):
         raise ValueError(f"prompts must be a list of {count} strings, one for each latent, got {_describe(prompts)}.")
     if metadata is not None and len(metadata) != count:
@@ -110,7 +113,7 @@ def score(
 
     parts = [slice(i, i + images_per_call) for i in range(0, count, images_per_call)]
     if differentiate:
-        rewards, saturated = _Score.apply(evaluate, reward, parts, latents)
+        rewards, saturated = _Score.apply(evaluate, reward, parts, _runs_in_fp16(vae, latents), latents)
     else:
         with torch.no_grad():
             pairs = [evaluate(part, latents[part]) for part in parts]
@@ -122,13 +125,23 @@ class _Score(torch.autograd.Function):
     """Keeps only d reward / d latent, (B, C, h, w)."""
 
     @staticmethod
-    def forward(ctx, evaluate, reward, parts: list[slice], latents: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx, evaluate, reward, parts: list[slice], fp16: bool, latents: Tensor) -> tuple[Tensor, Tensor]:
         rewards, saturated, gradients = [], [], []
         for part in parts:
             piece = latents[part].detach().requires_grad_()
-            with torch.enable_grad():
-                values, share = evaluate(part, piece)
-            gradients.append(_gradient(reward, values, piece))
+            for scale in _FP16_GRADIENT_SCALES if fp16 else (1.0,):
+                with torch.enable_grad():
+                    values, share = evaluate(part, piece)
+                gradient = _gradient(reward, values, piece, scale)
+                if finite := bool(gradient.isfinite().all()):
+                    break
+            if not finite:
+                raise RewardError(
+                    f"the gradient of reward {_name(reward)} with respect to the latents is NaN or inf, though the "
+                    "reward is not: look for a square root, norm or logarithm at zero, or an overflow in fp16 (use a "
+                    "bf16 or fp32 VAE)."
+                )
+            gradients.append(gradient)
             rewards.append(values.detach())
             saturated.append(share)
         ctx.save_for_backward(torch.cat(gradients))
@@ -138,28 +151,30 @@ class _Score(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_rewards: Tensor, _) -> tuple[None, None, None, Tensor]:
+    def backward(ctx, grad_rewards: Tensor, _) -> tuple[None, None, None, None, Tensor]:
         (gradients,) = ctx.saved_tensors
-        return None, None, None, grad_rewards.reshape(-1, *[1] * (gradients.ndim - 1)) * gradients
+        return None, None, None, None, grad_rewards.reshape(-1, *[1] * (gradients.ndim - 1)) * gradients
 
 
-def _gradient(reward, values: Tensor, piece: Tensor) -> Tensor:
-    """d values / d piece, per image."""
+def _runs_in_fp16(vae: nn.Module | None, latents: Tensor) -> bool:
+    kind = latents.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind) is torch.float16
+    return vae is not None and next(vae.parameters()).dtype is torch.float16
+
+
+def _gradient(reward, values: Tensor, piece: Tensor, scale: float) -> Tensor:
+    """d values / d piece, per image, computed at `scale` times its size."""
     gradient = None
     if values.requires_grad:
-        seed = torch.full_like(values, _GRADIENT_SCALE)
+        seed = torch.full_like(values, scale)
         (gradient,) = torch.autograd.grad(values, piece, seed, allow_unused=True)
     if gradient is None:
         raise RewardError(
             f"reward {_name(reward)} cut the graph: what it returned does not depend differentiably on the images. "
             "Look for no_grad, detach, round, argmax, thresholds, PIL or NumPy in it; or use a policy gradient."
         )
-    if not gradient.isfinite().all():
-        raise RewardError(
-            f"the gradient of reward {_name(reward)} with respect to the latents is NaN or inf, though the reward is "
-            "not: look for a square root, norm or logarithm at zero, or an overflow in fp16 (use a bf16 or fp32 VAE)."
-        )
-    return gradient / _GRADIENT_SCALE
+    return gradient / scale
 
 
 def _check_rewards(reward, values: Any, prompts: Sequence[str]) -> None:
@@ -203,6 +218,12 @@ def _unscaled(vae: nn.Module, latents: Tensor) -> Tensor:
 def _decode(vae: nn.Module, latents: Tensor) -> Tensor:
     dtype = next(vae.parameters()).dtype
     if dtype is torch.float16 and getattr(vae.config, "force_upcast", False):
+        if torch.is_grad_enabled() and any(getattr(m, "gradient_checkpointing", False) for m in vae.modules()):
+            raise ValueError(
+                "vae is fp16 with force_upcast, which decodes by an fp32 copy of its weights, and its gradient "
+                "checkpointing would replay the fp16 ones: call vae.disable_gradient_checkpointing() (score holds one "
+                "image's graph at a time anyway), or vae.to(torch.float32)."
+            )
         # SDXL's decoder overflows in fp16. The user's module stays as it is; the fp32 copy lives as long as the graph.
         wide = {f"vae.{name}": tensor.float() for name, tensor in vae.state_dict(keep_vars=True).items()}
         return torch.func.functional_call(_Decoder(vae), wide, (latents.float(),))

@@ -36,6 +36,7 @@ class Denoiser:
         self.model = _unwrap(self.module)
         _check_model(self.model)
         self.conditional = "encoder_hidden_states" in inspect.signature(type(self.model).forward).parameters
+        _check_constants(cross_attention_kwargs or {})
         self.extra = {} if cross_attention_kwargs is None else {"cross_attention_kwargs": dict(cross_attention_kwargs)}
 
     @property
@@ -71,6 +72,12 @@ class Denoiser:
                 f"prompt_embeds=None, but {type(self.model).__name__} is conditioned on text: give (B, tokens, width) "
                 "embeddings, e.g. from pipe.encode_prompt."
             )
+        if getattr(self.config, "addition_embed_type", None) == "text_time":
+            if missing := sorted({"text_embeds", "time_ids"} - conditioning.positive.keys()):
+                raise ValueError(
+                    f"added_cond_kwargs lacks {missing}, which an SDXL UNet needs: give text_embeds (B, width), the "
+                    "pooled prompt embeddings, and time_ids (B, 6)."
+                )
         if not self.conditional and conditioning.positive:
             raise ValueError(
                 f"{type(self.model).__name__} is unconditional and takes no {sorted(conditioning.positive)}; "
@@ -150,9 +157,12 @@ def _find_ddp(module: nn.Module) -> DistributedDataParallel | None:
     module = getattr(module, "_orig_mod", module)
     if isinstance(module, DistributedDataParallel):
         return module
-    if isinstance(module, DataParallel) or type(module).__name__ in ("FullyShardedDataParallel", "DeepSpeedEngine"):
+    wrapper = type(module).__name__
+    # `fully_shard` wraps nothing and renames the class; the parameters tell. By name: DTensor is slow to import.
+    sharded = any(type(parameter).__name__ == "DTensor" for parameter in module.parameters())
+    if sharded or isinstance(module, DataParallel) or wrapper in ("FullyShardedDataParallel", "DeepSpeedEngine"):
         raise TypeError(
-            f"unet is wrapped in {type(module).__name__}, which is not served; "
+            f"unet is sharded or wrapped in {wrapper}, which is not served; "
             "use DistributedDataParallel (accelerate's default for several processes)."
         )
     return None
@@ -174,3 +184,17 @@ def _check_model(model: nn.Module) -> None:
             f"unet has in_channels={config.in_channels} and out_channels={config.out_channels}: inpainting models and "
             "learned variances are not served; use a text-to-image or unconditional UNet with equal channels."
         )
+    if getattr(config, "time_cond_proj_dim", None) is not None:
+        raise TypeError(
+            f"unet has time_cond_proj_dim={config.time_cond_proj_dim}: it takes its guidance scale as an embedding "
+            "(latent consistency models), which is not served; use a UNet without."
+        )
+
+
+def _check_constants(cross_attention_kwargs: Mapping[str, Any]) -> None:
+    for name, value in cross_attention_kwargs.items():
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(
+                f"cross_attention_kwargs[{name!r}] requires grad, and a replayed chain has no gradient for it; "
+                "detach it, or make it a parameter of the UNet."
+            )

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
+from typing import Any
 
 MODES = ("none", "full", "detach_x", "detach_eps", "detach_input")
 OUTPUTS = ("latents", "x0")
+
+
+def is_whole(number: Any) -> bool:
+    """Whether a number is an integer of any kind (NumPy's too), and not a truth value."""
+    return hasattr(number, "__index__") and not isinstance(number, bool)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +67,12 @@ class GradientPath:
             ValueError: unless 0 <= backprop_steps <= num_inference_steps.
         """
         k = num_inference_steps if backprop_steps is None else backprop_steps
-        if isinstance(k, bool) or not isinstance(k, int) or not 0 <= k <= num_inference_steps:
+        if not is_whole(k) or not 0 <= k <= num_inference_steps:
             raise ValueError(
                 f"backprop_steps={backprop_steps!r} must be None (the whole chain) or a whole number from 0 to "
                 f"num_inference_steps={num_inference_steps}."
             )
+        k = operator.index(k)
         return cls(("none",) * (num_inference_steps - k) + ("full",) * k)
 
     def check_length(self, num_inference_steps: int) -> None:

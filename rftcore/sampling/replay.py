@@ -52,6 +52,16 @@ class _Replayed(torch.autograd.Function):
         return (None, *ctx.program.backward(leaves, saved, grads[: ctx.differentiable_count], needed))
 
 
+def check_reached(gradients: Sequence[Tensor | None], parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises RuntimeError when trainable parameters were given and the replays reached none of them."""
+    if parameters and all(gradient is None for gradient in gradients):
+        raise RuntimeError(
+            f"the gradient reached none of the {len(parameters)} trainable parameters, {next(iter(parameters))!r} among "
+            "them: the UNet ran without its adapters (merged, fused, disabled, or another one active), or what is "
+            "trainable is not used. Unmerge and enable the adapter that is to be trained."
+        )
+
+
 class GradientSum:
     """Sums the gradients of several replays, in fp32 where the tensors are of a lower precision."""
 

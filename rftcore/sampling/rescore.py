@@ -12,7 +12,8 @@ from rftcore.ops.sampler_step import sampler_step
 from rftcore.sampling.adapters import adapters_off
 from rftcore.sampling.ambient import Ambient, RandomState
 from rftcore.sampling.denoiser import Denoiser
-from rftcore.sampling.replay import GradientSum, gradients, replay_parameters
+from rftcore.sampling.module_state import ModuleState
+from rftcore.sampling.replay import GradientSum, check_reached, gradients, replay_parameters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +52,13 @@ class Rescore:
     def direct(self, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The same in plain autograd: for one transition, which then needs no second forward."""
         scores = [self._score(transition, leaves, {})[0] for transition in self.transitions]
+        if not any(log_prob.requires_grad for log_prob, *_ in scores):
+            check_reached([], self.parameters)
         return tuple(torch.stack(column, dim=1) for column in zip(*scores, strict=True))
 
     def forward(self, leaves: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[()], tuple[Tensor, ...]]:
         self._ambient = Ambient.capture(self.transitions[0].x.device)
+        self._module_state = ModuleState.capture(self.denoiser.module)
         self._random, scores, references = [], [], []
         for transition in self.transitions:
             self._random.append(RandomState.capture(transition.x.device))
@@ -72,13 +76,16 @@ class Rescore:
         conditioning = leaves[: len(self.names)]
         parameters, swapped = replay_parameters(self.parameters)
         total = GradientSum([*conditioning, *parameters])
-        for step, transition in enumerate(self.transitions):
-            replicas = [c.detach().requires_grad_(n) for c, n in zip(conditioning, needed, strict=False)]
-            with torch.enable_grad(), self._ambient.restored(), self._random[step].restored():
-                score, _ = self._score(transition, replicas, swapped, saved[step] if saved else None)
-            columns = [None if grad is None else grad[:, step] for grad in grads]
-            total.add(gradients(score, columns, [*replicas, *parameters]))
-        return total.result()
+        with self._module_state.restored():
+            for step, transition in enumerate(self.transitions):
+                replicas = [c.detach().requires_grad_(n) for c, n in zip(conditioning, needed, strict=False)]
+                with torch.enable_grad(), self._ambient.restored(), self._random[step].restored():
+                    score, _ = self._score(transition, replicas, swapped, saved[step] if saved else None)
+                columns = [None if grad is None else grad[:, step] for grad in grads]
+                total.add(gradients(score, columns, [*replicas, *parameters]))
+        result = total.result()
+        check_reached(result[len(self.names) :], self.parameters)
+        return result
 
     def _score(
         self,

@@ -37,10 +37,11 @@ class CheckpointedSampler:
             are accepted.
         scheduler: diffusers `DDIMScheduler` or `DDPMScheduler`, as its user configured it; it is not changed.
         num_inference_steps: T.
-        guidance_scale: w of classifier-free guidance; 1.0 runs no negative branch.
+        guidance_scale: w of classifier-free guidance; 1.0 runs no negative branch. Any other value guides, 0.0 to the
+            negative prompt alone (diffusers' pipelines switch guidance off below 1).
         eta: DDIM's; None is 0. A DDPM scheduler has its own noise and takes None only.
-        backprop_steps: None differentiates the whole chain, K the last K steps, 0 none; the short form of
-        gradient_path: where the gradient flows (`GradientPath`); give one of the two.
+        backprop_steps: None differentiates the whole chain, K the last K steps, 0 none.
+        gradient_path: where the gradient flows, step by step; backprop_steps is its short form, give one of the two.
         final_step: "scheduler" ends as the scheduler does, "clamp" on alphas_cumprod[0] (ddpo-pytorch).
         cross_attention_kwargs: handed to every UNet call, e.g. {"scale": 0.5} for the LoRA's scale.
 
@@ -75,18 +76,20 @@ class CheckpointedSampler:
         )
         if gradient_path is not None and backprop_steps is not None:
             raise ValueError(f"give gradient_path or backprop_steps={backprop_steps}, its short form, not both.")
+        num_inference_steps = len(self.table)
         self.gradient_path = gradient_path or GradientPath.last(backprop_steps, num_inference_steps)
-        self.gradient_path.check_length(num_inference_steps)
+        self._check_path(self.gradient_path)
         self.settings: dict[str, Any] = {
             "scheduler": type(scheduler).__name__,
             "prediction_type": scheduler.config.prediction_type,
             "num_inference_steps": num_inference_steps,
             "guidance_scale": float(guidance_scale),
-            "eta": eta,
+            "eta": self.table.eta,
             "final_step": final_step,
             "schedule": _fingerprint(self.table),
+            "cross_attention_kwargs": repr(dict(cross_attention_kwargs or {})),
         }
-        self._on_device: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     def __call__(
         self,
@@ -108,7 +111,8 @@ class CheckpointedSampler:
             latents: (B, C, h, w) noise of unit variance to start from, may require grad; None draws it.
             batch_size: B, where neither embeddings nor latents say it.
             sample_size: (h, w) of the latents, default the UNet's own.
-            generator: one, or one a sample, for the first state and every step's noise; None uses the default one.
+            generator: one, or one a sample, for the first state and the noise of each step that has
+                some; None uses the default one.
             added_cond_kwargs, negative_added_cond_kwargs: SDXL's, (B, ...) each; see `Conditioning.build`.
             gradient_path: instead of the sampler's own, for this call.
 
@@ -116,20 +120,21 @@ class CheckpointedSampler:
             ValueError: when arguments do not fit together, or a gradient is asked for and nothing is trainable.
         """
         path = gradient_path or self.gradient_path
-        path.check_length(len(self.table))
+        self._check_path(path)
         conditioning = self._conditioning(
             prompt_embeds, negative_prompt_embeds, added_cond_kwargs, negative_added_cond_kwargs
         )
         latents = self._first_state(latents, batch_size, sample_size, conditioning, generator)
         table = self.table.stopped(len(path.modes), path.output)
-        timesteps, coefficients = self._to_device(table, path)
+        timesteps, coefficients = self._on(self.denoiser.device, len(path.modes), path.output)
         joined = conditioning.joined()
         differentiate = torch.is_grad_enabled() and path.differentiates
         parameters = self.denoiser.trainable() if differentiate and path.reaches_model else {}
         leaves = [latents, *joined.values(), *parameters.values()]
         if differentiate:
             start = [latents] if path.reaches_start else []
-            _check_differentiable([*start, *joined.values(), *parameters.values()], leaves)
+            model = [*joined.values(), *parameters.values()] if path.reaches_model else []
+            _check_differentiable([*start, *model], leaves)
         chain = Chain(
             denoiser=self.denoiser,
             timesteps=timesteps,
@@ -149,7 +154,7 @@ class CheckpointedSampler:
         return Trajectory(
             latents=end,
             states=states,
-            timesteps=timesteps,
+            timesteps=timesteps.clone(),
             log_probs=log_probs,
             stochastic=coefficients[:, Coefficient.SIGMA] > 0,
             conditioning=conditioning,
@@ -182,13 +187,18 @@ class CheckpointedSampler:
                 "trajectory was sampled under torch.inference_mode, whose tensors no gradient can pass: sample under "
                 "torch.no_grad() instead (or with backprop_steps=0), or re-score under torch.no_grad()."
             )
+        if trajectory.states.dtype != self.denoiser.state_dtype:
+            raise ValueError(
+                f"trajectory's states are {trajectory.states.dtype} and this UNet's would be "
+                f"{self.denoiser.state_dtype}; re-score with a UNet of the dtype that sampled."
+            )
         indices = self._step_indices(trajectory, steps)
         joined = trajectory.conditioning.joined()
         parameters = self.denoiser.trainable() if torch.is_grad_enabled() else {}
         leaves = [*joined.values(), *parameters.values()]
         rescore = Rescore(
             denoiser=self.denoiser,
-            transitions=[self._transition(trajectory, column) for column in indices.unbind(1)],
+            transitions=self._transitions(trajectory, indices),
             guided=self.guided,
             names=list(joined),
             parameters=parameters,
@@ -265,6 +275,8 @@ class CheckpointedSampler:
         if len(set(known.values())) > 1:
             raise ValueError(f"the batch sizes do not agree: {known}; give one row for each sample.")
         count = next(iter(known.values()))
+        if count < 1:
+            raise ValueError(f"the batch holds {count} samples; sample at least one.")
         if isinstance(generator, Sequence) and len(generator) != count:
             raise ValueError(f"generator is a list of {len(generator)} for {count} samples; give one, or one a sample.")
         channels = self.denoiser.config.in_channels
@@ -284,13 +296,23 @@ class CheckpointedSampler:
         sigma = self.table.init_noise_sigma
         return latents if sigma == 1.0 else latents * sigma
 
-    def _to_device(self, table: StepTable, path: GradientPath) -> tuple[Tensor, Tensor]:
-        """(timesteps, coefficients) of a table, copied to the device once."""
-        device, dtype = self.denoiser.device, self.denoiser.state_dtype
-        key = (device, dtype, len(path.modes), path.output)
-        if key not in self._on_device:
-            self._on_device[key] = (table.timesteps.to(device), table.coefficients.to(device, dtype))
-        return self._on_device[key]
+    def _check_path(self, path: GradientPath) -> None:
+        if not isinstance(path, GradientPath):
+            raise ValueError(
+                f"gradient_path must be an rftcore.GradientPath, got {type(path).__name__}; "
+                "write GradientPath(modes) with a mode for every step."
+            )
+        path.check_length(len(self.table))
+
+    def _on(self, device: torch.device, steps: int, output: str) -> tuple[Tensor, Tensor]:
+        """(timesteps, coefficients) of a chain on a device, copied to it once."""
+        key = (device, self.denoiser.state_dtype, steps, output)
+        if key not in self._tables:
+            # The copy outlives this call, which may be made under inference mode.
+            with torch.inference_mode(False):
+                table = self.table.stopped(steps, output)
+                self._tables[key] = (table.timesteps.to(device), table.coefficients.to(device, key[1]))
+        return self._tables[key]
 
     def _step_indices(self, trajectory: Trajectory, steps: Sequence[int] | Tensor) -> Tensor:
         """(B, S) on the CPU, checked."""
@@ -314,20 +336,22 @@ class CheckpointedSampler:
                 raise ValueError(
                     f"steps holds {step}, which is deterministic (sigma = 0) and has no log-probability; {advice}."
                 )
-        return indices
+        return indices.long()
 
-    def _transition(self, trajectory: Trajectory, steps: Tensor) -> Transition:
-        """Step `steps[b]` of each sample b."""
+    def _transitions(self, trajectory: Trajectory, indices: Tensor) -> list[Transition]:
+        """Step indices[b, s] of each sample b, for each s."""
         device = trajectory.states.device
-        timesteps, coefficients = self.table.timesteps, self.table.coefficients
+        timesteps, coefficients = self._on(device, len(self.table), "latents")
         samples = torch.arange(len(trajectory), device=device)
-        on_device = steps.to(device)
-        return Transition(
-            x=trajectory.states[on_device, samples],
-            next_x=trajectory.states[on_device + 1, samples],
-            t=timesteps[steps].to(device),
-            coefficients=coefficients[steps].to(device, trajectory.states.dtype),
-        )
+        return [
+            Transition(
+                x=trajectory.states[steps, samples],
+                next_x=trajectory.states[steps + 1, samples],
+                t=timesteps[steps],
+                coefficients=coefficients[steps],
+            )
+            for steps in indices.to(device).unbind(1)
+        ]
 
 
 def _draw(shape: Sequence[int], generator: torch.Generator | Sequence[torch.Generator] | None, like: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
 from rftcore.ops.sampler_step import Coefficient
+from rftcore.sampling.gradient_path import is_whole
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 FINAL_STEPS = ("scheduler", "clamp")
@@ -25,12 +26,14 @@ class StepTable:
         coefficients: (T, 9) fp64 on the CPU, the columns of `Coefficient`.
         stochastic: T booleans, False where sigma = 0 (no noise is drawn, no density exists).
         init_noise_sigma: the standard deviation of the chain's first state.
+        eta: DDIM's, None for a scheduler without one.
     """
 
     timesteps: torch.Tensor
     coefficients: torch.Tensor
     stochastic: tuple[bool, ...]
     init_noise_sigma: float
+    eta: float | None
 
     def __len__(self) -> int:
         return len(self.stochastic)
@@ -46,7 +49,9 @@ class StepTable:
             last[Coefficient.MEAN_FROM_OUTPUT] = 0.0
             last[Coefficient.SIGMA] = 0.0
             stochastic = (*stochastic[:-1], False)
-        return StepTable(self.timesteps[:stop], coefficients, stochastic, self.init_noise_sigma)
+        return dataclasses.replace(
+            self, timesteps=self.timesteps[:stop], coefficients=coefficients, stochastic=stochastic
+        )
 
 
 def step_table(
@@ -71,7 +76,7 @@ def step_table(
     if final_step not in FINAL_STEPS:
         raise ValueError(f"final_step={final_step!r} is not known; allowed are {', '.join(map(repr, FINAL_STEPS))}.")
     maximum = scheduler.config.num_train_timesteps
-    if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= maximum:
+    if not is_whole(num_inference_steps) or not 1 <= num_inference_steps <= maximum:
         raise ValueError(
             f"num_inference_steps={num_inference_steps!r} must be a whole number from 1 to {maximum}, "
             "the scheduler's num_train_timesteps."
@@ -79,6 +84,14 @@ def step_table(
     chain = copy.deepcopy(scheduler)
     chain.set_timesteps(num_inference_steps)
     timesteps = chain.timesteps.cpu()
+    if not 0 <= int(timesteps.min()) <= int(timesteps.max()) < maximum:
+        raise ValueError(
+            f"num_inference_steps={num_inference_steps} with steps_offset={scheduler.config.steps_offset} gives the "
+            f"timestep {int(timesteps.max())}, beyond the {maximum} that were trained; take fewer steps."
+        )
+    if eta is None and build is _ddim_rows:
+        eta = 0.0
+    eta = None if eta is None else float(eta)
     rows = build(chain, timesteps.tolist(), eta, final_step)
     coefficients = torch.tensor(rows, dtype=torch.float64)
     coefficients[:, Coefficient.GUIDANCE] = guidance_scale
@@ -94,18 +107,25 @@ def step_table(
             "use prediction_type='v_prediction' or a schedule without rescale_betas_zero_snr."
         )
     stochastic = tuple(bool(s) for s in coefficients[:, Coefficient.SIGMA] > 0)
-    return StepTable(timesteps, coefficients, stochastic, float(chain.init_noise_sigma))
+    return StepTable(timesteps, coefficients, stochastic, float(chain.init_noise_sigma), eta)
 
 
 def _builder(scheduler) -> Callable:
     for known, build in _BUILDERS.items():
-        # A subclass with a step of its own is another scheduler.
-        if isinstance(scheduler, known) and type(scheduler).step is known.step:
+        if isinstance(scheduler, known) and not _overridden(scheduler, known):
             return build
     known = ", ".join(cls.__name__ for cls in _BUILDERS)
     raise ValueError(
         f"scheduler={type(scheduler).__name__} is not served; allowed are {known}. "
         f"Convert with e.g. DDIMScheduler.from_config(scheduler.config)."
+    )
+
+
+def _overridden(scheduler, known: type) -> bool:
+    """Whether a subclass or an instance brings a step of its own: then it is another scheduler."""
+    return any(
+        name in vars(scheduler) or getattr(type(scheduler), name, None) is not getattr(known, name, None)
+        for name in ("step", "_get_variance", "previous_timestep")
     )
 
 
@@ -146,8 +166,7 @@ def _prediction(prediction_type: str, a_t: float) -> tuple[float, float, float, 
     return 0.0, 1.0, 1 / noise, -signal / noise
 
 
-def _ddim_rows(scheduler, timesteps: list[int], eta: float | None, final_step: str) -> list[list[float]]:
-    eta = 0.0 if eta is None else float(eta)
+def _ddim_rows(scheduler, timesteps: list[int], eta: float, final_step: str) -> list[list[float]]:
     if not eta >= 0 or math.isinf(eta):
         raise ValueError(f"eta={eta} must be a finite number >= 0; 0 is deterministic, 1 is ancestral (DDPM-like).")
     alphas = scheduler.alphas_cumprod.double().tolist()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from torch import Tensor
 
 from rftcore.sampling.conditioning import Conditioning
+
+_TENSORS = ("latents", "states", "timesteps", "log_probs", "stochastic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Trajectory:
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Trajectory:
         """Some of the samples, by anything that indexes a dimension; an int keeps the batch dimension."""
-        if isinstance(index, int):
+        if hasattr(index, "__index__") and (not isinstance(index, Tensor) or index.ndim == 0):
+            index = operator.index(index)
             if not -len(self) <= index < len(self):
                 raise IndexError(f"index {index} is out of range for a trajectory of {len(self)} samples.")
             index = [index]
@@ -94,16 +98,12 @@ class Trajectory:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only: fit for `torch.save` and `torch.load(weights_only=True)`."""
+        negative = self.conditioning.negative
+        keep = lambda tensor: tensor.detach().clone()  # noqa: E731  a view would be stored with all it is a part of
         return {
-            "latents": self.latents.detach(),
-            "states": self.states,
-            "timesteps": self.timesteps,
-            "log_probs": self.log_probs,
-            "stochastic": self.stochastic,
-            "positive": {name: tensor.detach() for name, tensor in self.conditioning.positive.items()},
-            "negative": None
-            if self.conditioning.negative is None
-            else {name: tensor.detach() for name, tensor in self.conditioning.negative.items()},
+            **{name: keep(getattr(self, name)) for name in _TENSORS},
+            "positive": {name: keep(tensor) for name, tensor in self.conditioning.positive.items()},
+            "negative": None if negative is None else {name: keep(tensor) for name, tensor in negative.items()},
             "settings": dict(self.settings),
         }
 
