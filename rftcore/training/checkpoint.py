@@ -23,6 +23,7 @@ MARK = "COMPLETE"
 # What a resumed run may be told differently: where and how long, not what is learnt.
 FREE_KEYS = {
     "output_dir",
+    "cpu_threads",
     "report_to",
     "checkpointing_steps",
     "checkpoints_total_limit",

@@ -128,6 +128,9 @@ class RunConfig:
         "training prompts: a .txt (one a line, # comments) or .jsonl (key prompt) file, module.function, or a list",
     )
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "of the frozen weights; LoRA weights stay fp32")
+    cpu_threads: int | None = option(
+        None, "threads of torch's CPU arithmetic in this process; null: torch's own choice"
+    )
     report_to: Literal["tensorboard"] | None = option(None, "tracker, beside metrics.jsonl")
     checkpointing_steps: int = option(500, "a resumable checkpoint every so many steps")
     checkpoints_total_limit: int | None = option(None, "older checkpoints are removed; null: none is")
@@ -153,6 +156,7 @@ class RunConfig:
             "eval.num_validation_images": evaluation.num_validation_images,
             "eval.validation_steps": evaluation.validation_steps,
             "eval.batch_size": evaluation.batch_size,
+            "cpu_threads": self.cpu_threads,
             "checkpointing_steps": self.checkpointing_steps,
             "checkpoints_total_limit": self.checkpoints_total_limit,
         }

@@ -63,6 +63,8 @@ class Trainer:
         self._started = time.perf_counter()
         config.validate()
         self.config = config
+        if config.cpu_threads is not None:
+            torch.set_num_threads(config.cpu_threads)
         self.judges = _judges(config, reward, held_out_reward)
         METHODS[config.algorithm].check_reward(self.judges[0])
         self.train_prompts = prompt_sources.load(config.prompts)
