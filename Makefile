@@ -18,12 +18,15 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -t
 demo: setup
 	$(VENV)/bin/rftcore train draft --config digits_draft --output_dir runs/digits_draft-$$(date +%Y%m%d-%H%M%S)
 
+# A process a core, each on a thread of its own; the tests of a file stay together, and share what it sets up.
+PYTEST := $(VENV)/bin/python -m pytest -q -n auto --dist loadfile
+
 test: setup
-	$(VENV)/bin/python -m pytest -q
+	$(PYTEST)
 
 # Also the tests marked slow.
 test-all: setup
-	RFTCORE_TEST_ALL=1 $(VENV)/bin/python -m pytest -q
+	RFTCORE_TEST_ALL=1 $(PYTEST)
 
 # A wheel in dist/, made as pip makes it: in an environment of its own.
 build: setup

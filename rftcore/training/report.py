@@ -76,6 +76,9 @@ def model_card(config: RunConfig, base: str, figures: dict[str, Any]) -> str:
         + " |"
         for name, row in figures["rewards"].items()
     )
+    embedded = base == "rftcore.digits"
+    source = "rftcore.digits.path()" if embedded else repr(base)
+    imports = ["import rftcore"] * embedded + ["from diffusers import StableDiffusionPipeline"]
     return f"""---
 library_name: diffusers
 base_model: {base}
@@ -91,9 +94,9 @@ tags:
 Trained with rftcore ({config.algorithm}), {figures["steps"]} optimizer steps of {config.train.batch_size} samples.
 
 ```python
-from diffusers import StableDiffusionPipeline
+{chr(10).join(imports)}
 
-pipeline = StableDiffusionPipeline.from_pretrained({base!r})
+pipeline = StableDiffusionPipeline.from_pretrained({source})
 pipeline.load_lora_weights("path/to/this/folder")
 ```
 
