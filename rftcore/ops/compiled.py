@@ -74,9 +74,9 @@ def reasons(module: str, device_type: str, argument: str) -> Callable[..., list[
 
 
 def differentiated_twice(op: str) -> RuntimeError:
-    """What the backward of a compiled backward raises: an error and not a wrong number."""
+    """What the backward of an op's own backward raises: an error and not a wrong number."""
     return RuntimeError(
-        f"{op}: its gradient was differentiated a second time (create_graph=True), which the compiled backends do not "
+        f"{op}: its gradient was differentiated a second time (create_graph=True), which its own backward does not "
         'support; backend="reference" does.'
     )
 
@@ -96,4 +96,6 @@ def check_like(op: str, name: str, tensor: Tensor, shape: Sequence[int], device:
     if tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"{op}: {name} is {tuple(tensor.shape)}; for this {first} it must be {tuple(shape)}.")
     if tensor.device != device:
-        raise ValueError(f"{op}: {name} is on {tensor.device}, {first} on {device}; move it: {name}.to({first}.device).")
+        raise ValueError(
+            f"{op}: {name} is on {tensor.device}, {first} on {device}; move it: {name}.to({first}.device)."
+        )
