@@ -194,6 +194,7 @@ def test_fake_meta_functorch_and_compiled():
     ],
 )
 def test_errors_name_the_argument_and_what_is_allowed(changes, message):
+    inputs = {"x": torch.zeros(1, 4, 5, 5), "weight": torch.zeros(2, 4, 3, 3), "bias": None, "geometry": Geometry()}
     with pytest.raises(ValueError) as error:
-        frozen_conv2d(**({"x": torch.zeros(1, 4, 5, 5), "weight": torch.zeros(2, 4, 3, 3)} | changes))
+        frozen_conv2d(**(inputs | changes))
     assert message in str(error.value)

@@ -1,6 +1,5 @@
 """Operations: a file per op, each with its contract, its plain-PyTorch reference and its backends."""
 
-from rftcore.ops.attention import attention, attention_backward, attention_forward, attention_reference
 from rftcore.ops.frozen_conv2d import Geometry, frozen_conv2d, frozen_conv2d_reference
 from rftcore.ops.geglu import geglu, geglu_reference
 from rftcore.ops.group_norm_silu import group_norm_silu, group_norm_silu_reference
@@ -8,11 +7,10 @@ from rftcore.ops.sampler_step import Coefficient, SamplerStep, sampler_step, sam
 
 __all__ = [
     "Coefficient",
+    "Geometry",
     "SamplerStep",
-    "attention",
-    "attention_backward",
-    "attention_forward",
-    "attention_reference",
+    "frozen_conv2d",
+    "frozen_conv2d_reference",
     "geglu",
     "geglu_reference",
     "group_norm_silu",

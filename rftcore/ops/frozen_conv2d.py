@@ -20,7 +20,7 @@ class Geometry(NamedTuple):
 
 
 def frozen_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, geometry: Geometry = Geometry(), *, backend: str = "auto"
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *, backend: str = "auto"
 ) -> Tensor:
     """Convolves x by weight, with a gradient for x alone.
 
