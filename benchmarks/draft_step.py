@@ -1,6 +1,6 @@
 """One DRaFT step on the digits pipeline: ours against diffusers' scheduler with a checkpoint around every step.
 
-    python -m benchmarks.draft_step [--batch 8] [--steps 20] [--repeats 5]
+python -m benchmarks.draft_step [--batch 8] [--steps 20] [--repeats 5] [--threads 1]
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ GUIDANCE = 2.0
 
 
 class Problem:
-    """The digits pipeline with a LoRA that does something, prompts and noise, in one dtype."""
+    """The digits pipeline with a LoRA that does something, prompts and noise."""
 
-    def __init__(self, batch: int, steps: int, dtype: torch.dtype) -> None:
+    def __init__(self, batch: int, steps: int) -> None:
         torch.manual_seed(0)
         self.steps = steps
-        pipe = StableDiffusionPipeline.from_pretrained(rftcore.digits.path(), torch_dtype=dtype)
+        pipe = StableDiffusionPipeline.from_pretrained(rftcore.digits.path())
         pipe.set_progress_bar_config(disable=True)
         self.unet, self.vae, self.scheduler = pipe.unet, pipe.vae, pipe.scheduler
         for module in (self.unet, self.vae):
@@ -37,7 +37,14 @@ class Problem:
         self.prompts = (rftcore.digits.train_prompts() * batch)[:batch]
         with torch.no_grad():
             self.positive, self.negative = pipe.encode_prompt(self.prompts, "cpu", 1, True)
-        self.noise = torch.randn(batch, 4, *[self.unet.config.sample_size] * 2, dtype=torch.float32).to(dtype)
+        self.noise = torch.randn(batch, 4, *[self.unet.config.sample_size] * 2)
+
+    def in_fp64(self) -> Problem:
+        """The same problem with every number widened."""
+        wide = copy.deepcopy(self)
+        wide.unet, wide.vae = wide.unet.double(), wide.vae.double()
+        wide.positive, wide.negative, wide.noise = wide.positive.double(), wide.negative.double(), wide.noise.double()
+        return wide
 
     def finish(self, loss: torch.Tensor) -> list[torch.Tensor]:
         loss.backward()
@@ -52,7 +59,9 @@ class Problem:
             backprop_steps=backprop_steps,
         )  # fmt: skip
         trajectory = sampler(self.positive, self.negative, latents=self.noise)
-        rewards = rftcore.score(self.vae, trajectory.latents, rftcore.digits.reward, self.prompts)
+        rewards = rftcore.score(
+            self.vae, trajectory.latents, rftcore.digits.reward, self.prompts, images_per_call=len(self.prompts)
+        )
         return self.finish(-rewards.mean())
 
     def stock(self, backprop_steps: int) -> list[torch.Tensor]:
@@ -87,9 +96,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
-    problem = Problem(arguments.batch, arguments.steps, torch.float32)
-    exact = Problem(arguments.batch, arguments.steps, torch.float64)
+    torch.set_num_threads(arguments.threads)
+    problem = Problem(arguments.batch, arguments.steps)
+    exact = problem.in_fp64()
     rows = []
     for k in (1, 5, arguments.steps):
         truth = exact.stock(k)

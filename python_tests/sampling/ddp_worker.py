@@ -37,9 +37,7 @@ def policy(unet, part, backward, steps):
     _, prompts, negatives, noise = problem()
     sampler = sampler_for(unet, eta=1.0)
     with torch.no_grad():
-        trajectory = sampler(
-            prompts, negatives, latents=noise, generator=torch.Generator().manual_seed(4)
-        )[part]
+        trajectory = sampler(prompts, negatives, latents=noise, generator=torch.Generator().manual_seed(4))[part]
     log_prob, divergence = sampler.log_prob(trajectory, steps, reference="exact")
     backward(log_prob.mean() + divergence.mean())
 

@@ -45,8 +45,6 @@ def test_decode_undoes_every_scaling(vae):
 
 def test_clamps_and_their_gradients(vae):
     latents = (5 * torch.randn(3, 4, 8, 8, dtype=torch.float64)).requires_grad_()
-    raw, stats = rftcore.decode(vae(), latents, clamp="none", return_stats=True)
-    outside = ((raw < 0) | (raw > 1)).double().flatten(1).mean(1)
     model = vae()
     raw, stats = rftcore.decode(model, latents, clamp="none", return_stats=True)
     outside = ((raw < 0) | (raw > 1)).double().flatten(1).mean(1)
@@ -96,7 +94,9 @@ def test_score_equals_decode_then_reward(vae, images_per_call, clamp):
     (grad,) = torch.autograd.grad((rewards * weight).sum(), latents, retain_graph=True)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-11, atol=1e-13)
     (grad,) = torch.autograd.grad(rewards.sum(), latents)
-    (whole,) = torch.autograd.grad(brightness_of_top(rftcore.decode(model, latents, clamp=clamp), prompts).sum(), latents)
+    (whole,) = torch.autograd.grad(
+        brightness_of_top(rftcore.decode(model, latents, clamp=clamp), prompts).sum(), latents
+    )
     torch.testing.assert_close(grad, whole, rtol=1e-11, atol=1e-13)
 
 
@@ -104,12 +104,6 @@ def test_score_keeps_one_image_in_memory(vae):
     """What the graph holds between forward and backward is one gradient of the latents' size."""
     model = vae()
     latents = torch.randn(4, 4, 8, 8, dtype=torch.float64, requires_grad=True)
-    saved = []
-
-    def pack(tensor):
-        saved.append(tensor.untyped_storage().nbytes())
-        return tensor
-
     sizes = []
 
     def watched(images, prompts, metadata=None):
@@ -129,7 +123,9 @@ def test_metadata_and_prompts_arrive(vae):
         seen.append((list(prompts), list(metadata)))
         return images.mean((1, 2, 3))
 
-    rftcore.score(vae(), torch.randn(3, 4, 8, 8, dtype=torch.float64), reward, list("abc"), [1, 2, 3], images_per_call=2)
+    rftcore.score(
+        vae(), torch.randn(3, 4, 8, 8, dtype=torch.float64), reward, list("abc"), [1, 2, 3], images_per_call=2
+    )
     assert seen == [(["a", "b"], [1, 2]), (["c"], [3])]
 
 

@@ -125,9 +125,7 @@ def test_reference_with_other_trained_weights(make_unet, make_scheduler, conditi
 
 def test_modules_to_save_are_switched_off_too(make_unet, make_scheduler, conditioning):
     base = make_unet(lora=False)
-    model = get_peft_model(
-        copy.deepcopy(base), LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["conv_out"])
-    )
+    model = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, target_modules=["to_q"], modules_to_save=["conv_out"]))
     with torch.no_grad():
         for parameter in trained(model):
             parameter.add_(0.3)

@@ -145,9 +145,7 @@ def test_the_callers_grad_mode(make_unet, make_scheduler, conditioning):
     with torch.inference_mode():
         assert sampler(**given).latents.is_inference()
     assert sampler(**given).latents.requires_grad
-    truncated = rftcore.CheckpointedSampler(
-        make_unet(), make_scheduler(), num_inference_steps=2, backprop_steps=0
-    )
+    truncated = rftcore.CheckpointedSampler(make_unet(), make_scheduler(), num_inference_steps=2, backprop_steps=0)
     assert not truncated(**given).latents.requires_grad
 
 
@@ -184,9 +182,7 @@ def test_scale_of_the_adapter(make_unet, make_scheduler, conditioning):
     noise = torch.randn(2, 4, 8, 8, dtype=torch.float64)
     options = {"num_inference_steps": 2}
     full = rftcore.CheckpointedSampler(unet, make_scheduler(), **options)
-    halved = rftcore.CheckpointedSampler(
-        unet, make_scheduler(), **options, cross_attention_kwargs={"scale": 0.5}
-    )
+    halved = rftcore.CheckpointedSampler(unet, make_scheduler(), **options, cross_attention_kwargs={"scale": 0.5})
     half_latents = halved(**given, latents=noise).latents
     assert (half_latents - full(**given, latents=noise).latents).abs().max() > 1e-6
     with torch.no_grad():

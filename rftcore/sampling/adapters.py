@@ -27,7 +27,9 @@ def adapters_off(unet: torch.nn.Module):
             "add one with unet.add_adapter(LoraConfig(...))."
         )
     if any(layer.merged for layer in layers if isinstance(layer, BaseTunerLayer)):
-        raise ValueError("an adapter is merged into the base weights, so there is no base model to refer to; unmerge it.")
+        raise ValueError(
+            "an adapter is merged into the base weights, so there is no base model to refer to; unmerge it."
+        )
     owned = {id(parameter) for layer in layers for parameter in _own_parameters(layer)}
     trained = [name for name, p in unet.named_parameters() if p.requires_grad and id(p) not in owned]
     if trained:

@@ -208,7 +208,9 @@ def _unscaled(vae: nn.Module, latents: Tensor) -> Tensor:
     config = vae.config
     latents = latents / config.scaling_factor
     if getattr(config, "latents_mean", None) is not None and getattr(config, "latents_std", None) is not None:
-        mean, std = (latents.new_tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std))
+        mean, std = (
+            latents.new_tensor(values).view(1, -1, 1, 1) for values in (config.latents_mean, config.latents_std)
+        )
         return latents * std + mean
     if getattr(config, "shift_factor", None) is not None:
         return latents + config.shift_factor

@@ -13,9 +13,7 @@ from torch.autograd.function import once_differentiable
 class Program(Protocol):
     """What the node runs. `leaves` are all the tensors that may receive a gradient."""
 
-    def forward(
-        self, leaves: Sequence[Tensor]
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    def forward(self, leaves: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
         """Runs without grad. Returns (differentiable outputs, constant outputs, what the replay needs)."""
 
     def backward(

@@ -98,9 +98,7 @@ class Rescore:
         conditioning = dict(zip(self.names, leaves, strict=False))
 
         def evaluate() -> Tensor:
-            return self.denoiser(
-                transition.x, transition.t, conditioning, guided=self.guided, parameters=swapped
-            )
+            return self.denoiser(transition.x, transition.t, conditioning, guided=self.guided, parameters=swapped)
 
         # The adapted model comes first: a replay starts from its random state, and has the reference already.
         model_output = evaluate()
