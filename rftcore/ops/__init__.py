@@ -1,5 +1,6 @@
 """Operations: a file per op, each with its contract, its plain-PyTorch reference and its backends."""
 
+from rftcore.ops.attention import attention, attention_backward, attention_forward, attention_reference
 from rftcore.ops.frozen_conv2d import Geometry, frozen_conv2d, frozen_conv2d_reference
 from rftcore.ops.geglu import geglu, geglu_reference
 from rftcore.ops.group_norm_silu import group_norm_silu, group_norm_silu_reference
@@ -9,6 +10,10 @@ __all__ = [
     "Coefficient",
     "Geometry",
     "SamplerStep",
+    "attention",
+    "attention_backward",
+    "attention_forward",
+    "attention_reference",
     "frozen_conv2d",
     "frozen_conv2d_reference",
     "geglu",
