@@ -7,6 +7,7 @@ import conftest
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from diffusers import DDIMScheduler
+from torch.distributed.fsdp import fully_shard
 
 import rftcore
 
@@ -48,6 +49,13 @@ def gradients(unet):
     return found
 
 
+def refusal_of_a_sharded_unet():
+    try:
+        sampler_for(fully_shard(problem()[0]))
+    except TypeError as error:
+        return str(error)
+
+
 def main(output):
     results = {}
     for unused in (False, True):
@@ -73,6 +81,8 @@ def main(output):
             )
         draft(unet, second, lambda loss: accelerator.backward(loss / 2))
         results[f"accumulated, unused={unused}"] = gradients(unet)
+    if accelerator.num_processes > 1:
+        results["sharded"] = refusal_of_a_sharded_unet()
     torch.save(results, output)
 
 

@@ -54,3 +54,8 @@ def test_no_sync_is_respected(ranks):
     for unused in (False, True):
         mine, theirs = (rank[f"not synchronised, unused={unused}"] for rank in (first, second))
         assert all(not torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_a_sharded_unet_is_refused(ranks):
+    _, *both = ranks
+    assert all("is sharded or wrapped in FSDPUNet2DConditionModel" in rank["sharded"] for rank in both)
