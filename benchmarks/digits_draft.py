@@ -16,7 +16,7 @@ from rftcore.training import Trainer, load_config
 
 RECIPE = "digits_draft"
 # Not the recipe's own: its hyper-parameters were chosen on that evaluation noise.
-EVALUATION_SEED = 1000
+EVALUATION_SEED = 2000
 
 
 def run(seed: int, folder: Path) -> dict[str, Any]:
