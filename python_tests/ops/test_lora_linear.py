@@ -1,0 +1,353 @@
+"""lora_linear and lora_linears: against PEFT's layers behind a LayerNorm."""
+
+import copy
+
+import pytest
+import torch
+from adapted import adapt, adapters_of, results
+from checks import DTYPES, LAYOUTS, assert_as_good_as, laid_out, relative_error, saved_by
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.memory import saved_bytes
+from rftcore.ops import Adapter, Norm, Projection, lora_linear, lora_linears, lora_linears_reference
+from rftcore.ops.backends import OPS
+from rftcore.ops.lora_linear import flatten, normalise, project, project_backward, restore
+
+BACKENDS = ["torch", "reference"]
+
+
+class Projections(nn.Module):
+    """Queries, keys and values of one input, of sizes of their own; one has a bias."""
+
+    def __init__(self, width=10, norm=True):
+        super().__init__()
+        self.norm = nn.LayerNorm(width) if norm else None
+        self.to_q, self.to_k, self.to_v = nn.Linear(width, 8), nn.Linear(width, 8, bias=False), nn.Linear(width, 14)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter)
+
+    def forward(self, x):
+        n = x if self.norm is None else self.norm(x)
+        return self.to_q(n), self.to_k(n), self.to_v(n)
+
+
+def make_model(ranks=(3, 2), width=10, norm=True, trained=(), dtype=torch.float64, lora=None, **options):
+    """Projections of this dtype, with adapters; of the others, those parameters train whose name contains one given."""
+    model = Projections(width, norm).to(dtype).requires_grad_(False)
+    adapt(model, ranks, lora or dtype, **options)
+    for name, parameter in model.named_parameters():
+        if "lora" not in name:
+            parameter.requires_grad_(any(part in name for part in trained))
+    return model
+
+
+def arguments(model):
+    """The norm and the projections of a model, as our op takes them."""
+    projections = []
+    for layer in (model.to_q, model.to_k, model.to_v):
+        adapted = hasattr(layer, "base_layer")
+        base = layer.base_layer if adapted else layer
+        projections.append(Projection(base.weight, base.bias, adapters_of(layer) if adapted else ()))
+    norm = model.norm
+    return projections, None if norm is None else Norm(norm.weight, norm.bias, norm.eps)
+
+
+def ours(model, backend="torch"):
+    return lambda x: lora_linears(x, *arguments(model), backend=backend)
+
+
+def make_input(shape=(2, 5, 10), dtype=torch.float64, layout="contiguous"):
+    return laid_out(torch.randn(shape, dtype=torch.float64) * 2 + 1, layout).to(dtype).requires_grad_()
+
+
+def make_grads(model, x):
+    return [torch.randn_like(y) for y in model(x)]
+
+
+MODELS = [
+    {},
+    {"ranks": (4,), "norm": False},
+    {"ranks": (), "trained": ("norm",)},
+    {"trained": ("norm", "weight", "bias"), "use_rslora": True},
+    {"ranks": (1,), "norm": False, "trained": ("to_k", "bias")},
+    {"ranks": (), "norm": False},
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("options", MODELS)
+def test_results_and_gradients_are_exact_in_fp64(backend, options, nan_filled):
+    model = make_model(**options)
+    for shape in ((10,), (7, 10), (2, 5, 10), (1, 3, 2, 10)):
+        for layout in LAYOUTS if len(shape) > 1 else LAYOUTS[:1]:
+            x = make_input(shape, layout=layout)
+            assert OPS["lora_linear"].choose("auto", x) == "torch"
+            grads = make_grads(model, x)
+            handed = [grads, [g.flatten()[0].expand_as(g) for g in grads]]
+            handed += [[laid_out(g, other) for g in grads] for other in LAYOUTS[1:] if len(shape) > 1]
+            for g in handed:
+                mine = results(ours(model, backend), model, x, g)
+                exact = results(model, model, x, g)
+                assert max(relative_error(a, b) for a, b in zip(mine, exact, strict=True)) < 1e-12
+
+
+def test_an_input_that_needs_no_gradient():
+    """Text: its keys and values have trained adapters, itself it is fixed."""
+    for options in MODELS[:5]:
+        model, x = make_model(**options), make_input().detach()
+        grads = make_grads(model, x)
+        mine, exact = (results(f, model, x, grads) for f in (ours(model), model))
+        assert max(relative_error(a, b) for a, b in zip(mine, exact, strict=True)) < 1e-12
+
+
+def test_each_gradient_alone():
+    model, x = make_model(trained=("norm", "weight", "bias")), make_input()
+    grads = make_grads(model, x)
+    together = results(ours(model), model, x, grads)[3:]
+    for i, expected in enumerate(together):
+        alone = copy.deepcopy(model).requires_grad_(False)
+        leaf = x.detach()
+        [leaf, *alone.parameters()][i].requires_grad_()
+        assert relative_error(results(ours(alone), alone, leaf, grads)[3], expected) < 1e-14
+
+
+# (dtype of the base, of its LoRA, of x, of autocast)
+PRECISIONS = [
+    *((dtype, dtype, dtype, None) for dtype in DTYPES[1:]),
+    (torch.bfloat16, torch.float32, torch.bfloat16, None),
+    (torch.float16, torch.float32, torch.float16, None),
+    (torch.bfloat16, torch.float32, torch.bfloat16, torch.bfloat16),
+    (torch.float32, torch.float32, torch.float32, torch.bfloat16),
+    (torch.float32, torch.bfloat16, torch.float32, None),
+]
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize(("base", "lora", "given", "lower"), PRECISIONS)
+def test_low_precision_is_as_good_as_peft(base, lora, given, lower, norm):
+    model = make_model((4, 3), 48, norm, ("norm", "to_v"), base, lora)
+    x = make_input((4, 33, 48), given)
+    with torch.autocast("cpu", dtype=lower, enabled=lower is not None):
+        grads = make_grads(model, x)
+
+    def run(function):
+        def forward(x):
+            with torch.autocast("cpu", dtype=lower, enabled=lower is not None):
+                return function(x)
+
+        return results(forward, model, x, grads)
+
+    wide = copy.deepcopy(model).double()
+    exact = results(wide, wide, x.detach().double().requires_grad_(), [g.double() for g in grads])
+    assert_as_good_as(run(model), run(ours(model)), exact)
+
+
+@pytest.mark.parametrize(("base", "lora", "given", "lower"), PRECISIONS)
+@pytest.mark.parametrize("norm", [True, False])
+def test_only_the_input_is_saved(base, lora, given, lower, norm):
+    model, x = make_model((4, 2), 10, norm, ("to_v",), base, lora), make_input((3, 7, 10), given)
+    with torch.autocast("cpu", dtype=lower, enabled=lower is not None):
+        assert _saved(model, x) == x.nbytes
+
+
+def _saved(model, x):
+    with saved_bytes(excluded=list(model.parameters())) as saved:
+        outputs = ours(model)(x)
+    assert any(y.requires_grad for y in outputs)
+    return saved["bytes"]
+
+
+def test_what_nothing_needs_is_not_saved():
+    x = make_input()
+    assert _saved(make_model((), norm=False), x) == 0
+    assert _saved(make_model((), norm=False, trained=("bias",)), x) == 0
+    assert _saved(make_model((), norm=False, trained=("to_k",)), x) == x.nbytes
+    frozen = make_model(norm=False).requires_grad_(False)
+    assert _saved(frozen, x) == 0
+    assert _saved(make_model(()), x) == x.nbytes
+
+
+def test_the_input_is_saved_once_for_all_projections_with_an_op_before_it():
+    model, x = make_model((2,)), make_input()
+    own = {p.data_ptr() for p in model.parameters()}
+    others = [t.data_ptr() for t in saved_by(ours(model), x) if t.data_ptr() not in own]
+    assert others == [x.data_ptr()]
+
+
+def test_a_backward_under_autocast_computes_as_its_forward():
+    model, x = make_model((2,), dtype=torch.float32), make_input(dtype=torch.float32)
+    grads = make_grads(model, x)
+    outputs = ours(model)(x)
+    expected = torch.autograd.grad(outputs, x, grads, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(torch.autograd.grad(outputs, x, grads)[0], expected[0])
+
+
+def test_dtypes_that_stock_layers_refuse_are_refused():
+    model, x = make_model((2,), norm=False, dtype=torch.bfloat16), make_input(dtype=torch.float32)
+    for function in (model, ours(model)):
+        with pytest.raises(RuntimeError, match="dtype"):
+            function(x)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("norm", [True, False])
+def test_gradcheck(backend, norm):
+    model, x = make_model((2,), 4, norm, ("norm", "weight", "bias")), make_input((2, 3, 4))
+    projections, norm = arguments(model)
+    scales = [[a.scale for a in p.adapters] for p in projections]
+    norms = [] if norm is None else list(norm[:2])
+
+    def function(x, *tensors):
+        given = None if norm is None else Norm(*tensors[:2], norm.eps)
+        return lora_linears(x, restore(tensors[len(norms) :], scales), given, backend=backend)
+
+    assert torch.autograd.gradcheck(function, [x, *norms, *flatten(projections)])
+
+
+def test_one_projection():
+    model, x = make_model(), make_input()
+    projections, norm = arguments(model)
+    for projection, expected in zip(projections, model(x), strict=True):
+        assert relative_error(lora_linear(x, projection, norm), expected) < 1e-14
+
+
+def test_the_primitives_of_a_layer_that_recomputes_its_projections():
+    """As a fused attention uses them: project again in the backward, then take its gradients through."""
+    model, x = make_model(trained=("norm", "weight")), make_input()
+    projections, norm = arguments(model)
+    grads = make_grads(model, x)
+    scales = [[adapter.scale for adapter in p.adapters] for p in projections]
+    wanted = [t is not None and t.requires_grad for t in flatten(projections)]
+    with torch.no_grad():
+        n = normalise(x, norm, None)[0]
+        outputs = project(n, projections, None)
+        grad_n, found = project_backward(n, projections, grads, True, restore(wanted, scales), None)
+    leaves = [n.requires_grad_(), *(t for t, want in zip(flatten(projections), wanted, strict=True) if want)]
+    expected = lora_linears_reference(n, projections, None)
+    exact = [*expected, *torch.autograd.grad(expected, leaves, grads)]
+    mine = [*outputs, grad_n.view(n.shape), *(g for g in flatten(found) if g is not None)]
+    assert max(relative_error(a, b) for a, b in zip(mine, exact, strict=True)) < 1e-13
+
+
+def test_outputs_may_be_changed_in_place():
+    model, x = make_model(), make_input()
+    grads = make_grads(model, x)
+
+    def shifted(function):
+        return lambda x: tuple(y.mul_(2) for y in function(x))
+
+    mine, exact = (results(shifted(f), model, x, grads) for f in (ours(model), model))
+    assert max(relative_error(a, b) for a, b in zip(mine, exact, strict=True)) < 1e-12
+
+
+def test_a_graph_serves_twice_and_not_after_a_weight_changed():
+    model, x = make_model(), make_input()
+    outputs, grads = ours(model)(x), make_grads(model, x)
+    first, second = (torch.autograd.grad(outputs, x, grads, retain_graph=True)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    with torch.no_grad():
+        arguments(model)[0][0].adapters[0].a.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(outputs, x, grads)
+
+
+def test_an_output_that_is_not_used():
+    model, x = make_model(), make_input()
+    mine, exact = (torch.autograd.grad(f(x)[1].sum(), x)[0] for f in (ours(model), model))
+    assert relative_error(mine, exact) < 1e-13
+
+
+def test_a_second_derivative_is_an_error_in_words():
+    x = make_input()
+    (grad,) = torch.autograd.grad(ours(make_model())(x)[0].square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match='lora_linears.*second time.*backend="reference" does'):
+        grad.sum().backward()
+
+
+def test_empty_inputs():
+    model, x = make_model(), torch.empty(0, 3, 10, dtype=torch.float64, requires_grad=True)
+    *outputs, grad_x = results(ours(model), model, x, make_grads(model, x))[:4]
+    assert [y.shape for y in outputs] == [(0, 3, 8), (0, 3, 8), (0, 3, 14)] and grad_x.shape == x.shape
+
+
+def test_without_gradients():
+    model, x = make_model(), make_input()
+    expected = model(x)
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            for mine, y in zip(ours(model)(x), expected, strict=True):
+                assert relative_error(mine, y) < 1e-14 and not mine.requires_grad
+
+
+def test_fake_meta_functorch_and_compiled():
+    model, x = make_model(dtype=torch.float32), make_input(dtype=torch.float32)
+    grads = make_grads(model, x)
+    meta = copy.deepcopy(model).to("meta")
+    found = results(ours(meta), meta, x.to("meta"), [g.to("meta") for g in grads])
+    assert [t.shape for t in found] == [t.shape for t in results(model, model, x, grads)]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(g) for g in grads]
+        results(ours(model), model, mode.from_tensor(x), fake)
+    with torch.no_grad():
+        mapped = torch.func.vmap(ours(model, "auto"))(x)
+    for mine, expected in zip(mapped, model(x), strict=True):
+        torch.testing.assert_close(mine, expected)
+
+    def loss(x):
+        return sum(y.square().sum() for y in ours(model, "auto")(x))
+
+    (expected,) = torch.autograd.grad(loss(x), x)
+    torch._dynamo.reset()
+    (compiled,) = torch.autograd.grad(torch.compile(loss, fullgraph=True, backend="aot_eager")(x), x)
+    torch.testing.assert_close(compiled, expected)
+
+
+def test_the_flops_are_the_base_s_two_products_and_the_adapters_through_their_rank():
+    rank, width, rows = 2, 10, 10
+    model, x = make_model((rank,), width), make_input()
+    grads = make_grads(model, x)
+    outs = sum(g.shape[-1] for g in grads)
+    with FlopCounterMode(display=False) as counter:
+        results(ours(model), model, x, grads)
+    base = 2 * rows * width * outs
+    down, up = 2 * rows * width * 3 * rank, 2 * rows * outs * rank
+    # Forward: down, up. Backward: down again, up's two gradients, down's two.
+    assert counter.get_total_flops() == 2 * base + (1 + 1 + 2) * down + (1 + 2) * up
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"x": torch.zeros(2, 4, dtype=torch.int64)}, "x is torch.int64"),
+        ({"x": torch.tensor(1.0)}, "x is (); it must be (..., in)"),
+        ({"projections": ()}, "projections is empty"),
+        ({"projections": [Projection(torch.zeros(3, 5))]}, "weight is (3, 5); for this x it must be (3, 4)"),
+        ({"projections": [Projection(torch.zeros(3, 4), torch.zeros(4))]}, "bias is (4,); for this x it must be (3,)"),
+        (
+            {
+                "projections": [
+                    Projection(torch.zeros(3, 4), None, (Adapter(torch.zeros(2, 3), torch.zeros(3, 2), 1.0),))
+                ]
+            },
+            "a is (2, 3); for this x it must be (2, 4)",
+        ),
+        (
+            {
+                "projections": [
+                    Projection(torch.zeros(3, 4), None, (Adapter(torch.zeros(2, 4), torch.zeros(4, 2), 1.0),))
+                ]
+            },
+            "b is (4, 2); for this x it must be (3, 2)",
+        ),
+        ({"norm": Norm(torch.zeros(3), None, 1e-5)}, "norm.weight is (3,)"),
+        ({"norm": Norm(None, torch.zeros(4, device="meta"), 1e-5)}, "norm.bias is on meta"),
+        ({"backend": "gpu"}, "backend='gpu' is unknown"),
+    ],
+)
+def test_errors_name_the_argument_and_what_is_allowed(changes, message):
+    with pytest.raises(ValueError) as error:
+        lora_linears(**({"x": torch.zeros(2, 4), "projections": [Projection(torch.zeros(3, 4))]} | changes))
+    assert message in str(error.value)
