@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.memory import saved_bytes
 from rftcore.ops import Adapter, Norm, Projection, lora_linear, lora_linears, lora_linears_reference
 from rftcore.ops.backends import OPS
-from rftcore.ops.lora_linear import flatten, normalise, project, project_backward, restore
+from rftcore.ops.lora_linear import flatten, normalise, normalise_backward, project, project_backward, restore
 
 BACKENDS = ["torch", "reference"]
 
@@ -230,6 +230,24 @@ def test_the_primitives_of_a_layer_that_recomputes_its_projections():
     exact = [*expected, *torch.autograd.grad(expected, leaves, grads)]
     mine = [*outputs, grad_n.view(n.shape), *(g for g in flatten(found) if g is not None)]
     assert max(relative_error(a, b) for a, b in zip(mine, exact, strict=True)) < 1e-13
+
+
+def test_autocast_runs_the_norm_in_fp32_on_other_devices_than_a_cpu():
+    """Its dtypes, without such a device: x of bf16, the norm and its gradient in fp32, the products in bf16."""
+    model, x = (
+        make_model(trained=("norm",), dtype=torch.float32).to("meta"),
+        make_input(dtype=torch.bfloat16).to("meta"),
+    )
+    projections, norm = arguments(model)
+    lower = torch.bfloat16
+    needs = restore([False] * len(flatten(projections)), [[1.0] * len(p.adapters) for p in projections])
+    with torch.no_grad():
+        n, mean, inverse_deviation = normalise(x, norm, lower)
+        outputs = project(n, projections, lower)
+        grad_n, _ = project_backward(n, projections, outputs, True, needs, lower)
+        grads = normalise_backward(grad_n.view(n.shape), x, norm, mean, inverse_deviation, [True] * 3, lower)
+    assert n.dtype == torch.float32 and all(y.dtype == lower for y in outputs)
+    assert [g.dtype for g in grads] == [lower, torch.float32, torch.float32]
 
 
 def test_outputs_may_be_changed_in_place():
