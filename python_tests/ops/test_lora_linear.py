@@ -144,6 +144,16 @@ def test_low_precision_is_as_good_as_peft(base, lora, given, lower, norm):
     assert_as_good_as(run(model), run(ours(model)), exact)
 
 
+def test_adapters_of_several_dtypes_run_each_in_its_own():
+    model, x = make_model(), make_input()
+    for name, module in model.named_modules():
+        if name.endswith("adapter1"):
+            module.float()
+    grads = make_grads(model, x)
+    for mine, expected in zip(results(ours(model), model, x, grads), results(model, model, x, grads), strict=True):
+        assert mine.dtype == expected.dtype and relative_error(mine, expected) < 1e-6
+
+
 @pytest.mark.parametrize(("base", "lora", "given", "lower"), PRECISIONS)
 @pytest.mark.parametrize("norm", [True, False])
 def test_only_the_input_is_saved(base, lora, given, lower, norm):

@@ -45,9 +45,9 @@ def lora_linears(
 ) -> tuple[Tensor, ...]:
     """Projections of one x, as of queries, keys and values: each W n + bias + sum of scale B A n, with n = norm(x).
 
-    Saves x, once, and where only biases are trained and there is no norm, nothing; n is recomputed in the backward, and
-    the adapters' gradients go through their rank. Whatever requires grad receives its gradient, exactly and once; a
-    frozen weight costs nothing.
+    Saves x, once; without a norm, and where neither a weight nor an adapter is trained, nothing. The backward recomputes
+    n, and the adapters' gradients go through their rank. Whatever requires grad receives its gradient, exactly and once;
+    a frozen weight costs nothing.
 
     Dtypes are PEFT's. The base runs in x's dtype, an adapter in its own, and the sum has the base's; under autocast all
     products run in autocast's dtype and the norm, but on a CPU, in fp32. A cast weight, or the A of all projections
