@@ -3,9 +3,11 @@
 
 #include "../common/geglu_binding.h"
 #include "../common/group_norm_silu_binding.h"
+#include "../common/layer_norm_binding.h"
 #include "../common/sampler_step_binding.h"
 #include "geglu.h"
 #include "group_norm_silu.h"
+#include "layer_norm.h"
 #include "sampler_step.h"
 #include "simd.h"
 
@@ -22,5 +24,6 @@ PYBIND11_MODULE(_cpu, module) {
   rftcore::geglu::bind<int64_t>(module, rftcore::cpu::geglu_forward, rftcore::cpu::geglu_backward);
   rftcore::group_norm_silu::bind<int64_t>(module, rftcore::cpu::group_norm_silu_forward,
                                           rftcore::cpu::group_norm_silu_backward);
+  rftcore::layer_norm::bind<int64_t>(module, rftcore::cpu::layer_norm_forward, rftcore::cpu::layer_norm_backward);
   rftcore::sampler_step::bind<int64_t>(module, rftcore::cpu::sampler_step_forward, rftcore::cpu::sampler_step_backward);
 }

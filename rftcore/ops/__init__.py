@@ -4,6 +4,7 @@ from rftcore.ops.attention import attention, attention_backward, attention_forwa
 from rftcore.ops.frozen_conv2d import Geometry, frozen_conv2d, frozen_conv2d_reference
 from rftcore.ops.geglu import geglu, geglu_reference
 from rftcore.ops.group_norm_silu import group_norm_silu, group_norm_silu_reference
+from rftcore.ops.layer_norm import layer_norm, layer_norm_reference
 from rftcore.ops.lora_conv2d import lora_conv2d, lora_conv2d_reference
 from rftcore.ops.lora_linear import Adapter, Norm, Projection, lora_linear, lora_linears, lora_linears_reference
 from rftcore.ops.sampler_step import Coefficient, SamplerStep, sampler_step, sampler_step_reference
@@ -25,6 +26,8 @@ __all__ = [
     "geglu_reference",
     "group_norm_silu",
     "group_norm_silu_reference",
+    "layer_norm",
+    "layer_norm_reference",
     "lora_conv2d",
     "lora_conv2d_reference",
     "lora_linear",
