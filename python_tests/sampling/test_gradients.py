@@ -1,6 +1,7 @@
 """The sampler's gradients against plain autograd through diffusers' own scheduler."""
 
 import copy
+import itertools
 
 import pytest
 import stock
@@ -43,16 +44,17 @@ def compare(unet, scheduler, given, *, guidance_scale, backprop_steps, eta=None,
     return relative_error([trajectory.latents], [truth]), relative_error(*zip(*reached, strict=True))
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl", "unconditional"])
+# An unconditional UNet has no guidance: refused, in test_errors.py.
+@pytest.mark.parametrize(
+    ("kind", "guidance_scale"),
+    [*itertools.product(["sd1", "sd2", "sdxl"], [1.0, 5.0]), ("unconditional", 1.0)],
+)
 @pytest.mark.parametrize("backprop_steps", [1, 3, None])
-@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_ddim_equals_plain_autograd(
     make_unet, make_scheduler, conditioning, kind, backprop_steps, guidance_scale, eta, prediction_type
 ):
-    if kind == "unconditional" and guidance_scale != 1.0:
-        return  # there is no such chain: refused, in test_errors.py
     unet = make_unet(kind)
     given = conditioning(kind, guided=guidance_scale != 1.0)
     options = {"guidance_scale": guidance_scale, "backprop_steps": backprop_steps, "eta": eta}
@@ -99,9 +101,11 @@ def test_ddpm_equals_plain_autograd(make_unet, make_scheduler, conditioning, kin
     latents, gradients = compare(
         make_unet(kind), scheduler, conditioning(kind), guidance_scale=guidance, backprop_steps=None
     )
-    # diffusers clamps a variance of zero to 1e-20, a noise of 1e-10.
-    assert latents <= 1e-9
-    assert gradients <= 1e-9
+    # Where a chain's last step starts above t = 0, diffusers clamps its variance of zero to 1e-20: a noise of 1e-10.
+    clamped = variance_type != "fixed_large" and ("steps_offset" in options or "timestep_spacing" in options)
+    bound = 1e-9 if clamped else 1e-11
+    assert latents <= bound
+    assert gradients <= bound
 
 
 def test_gradient_reaches_noise_and_both_prompts(make_unet, make_scheduler, conditioning):
