@@ -82,6 +82,23 @@ def attention_backward(
     return _backward(grad_o, q, k, v, o, lse, _scale(q, scale), _explicit(backend, q, k, v), needs)
 
 
+def kernel_of(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
+    """The name of the kernel that serves these inputs here and now, for `run_forward` and `run_backward`."""
+    return _explicit(backend, q, k, v)
+
+
+@torch.no_grad()
+def run_forward(kernel: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`attention_forward` by the kernel of this name, whatever `sdpa_kernel` says now: for a pass that is repeated."""
+    return _KERNELS[kernel].forward(q, k, v, scale)
+
+
+@torch.no_grad()
+def run_backward(kernel, grad_o, q, k, v, o, lse, scale, needs):
+    """`attention_backward` by the kernel of this name, whatever `sdpa_kernel` says now."""
+    return _backward(grad_o, q, k, v, o, lse, scale, kernel, needs)
+
+
 class _Attention(torch.autograd.Function):
     """Saves the inputs, the output and the log-sum-exp."""
 

@@ -73,11 +73,20 @@ def reasons(module: str, device_type: str, argument: str) -> Callable[..., list[
     return not_supported_reasons
 
 
-def differentiated_twice(op: str) -> RuntimeError:
+def differentiate(reference: Callable, tensors: Sequence, needs: Sequence[bool], grad: Tensor) -> list:
+    """Gradients of those `tensors` that need one, None for the others, by autograd through a reference run once more."""
+    leaves = [t.detach().requires_grad_() if needed else t for t, needed in zip(tensors, needs, strict=True)]
+    with torch.enable_grad():
+        output = reference(*leaves)
+    found = iter(torch.autograd.grad(output, [leaf for leaf, needed in zip(leaves, needs, strict=True) if needed], grad))
+    return [next(found) if needed else None for needed in needs]
+
+
+def differentiated_twice(op: str, remedy: str = 'backend="reference" does') -> RuntimeError:
     """What the backward of an op's own backward raises: an error and not a wrong number."""
     return RuntimeError(
         f"{op}: its gradient was differentiated a second time (create_graph=True), which its own backward does not "
-        'support; backend="reference" does.'
+        f"support; {remedy}."
     )
 
 

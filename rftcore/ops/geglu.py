@@ -37,6 +37,20 @@ def geglu_reference(u: Tensor) -> Tensor:
     return (hidden * F.gelu(gate)).to(u.dtype)
 
 
+@torch.no_grad()
+def geglu_forward(u: Tensor, backend: str) -> Tensor:
+    """The output of `geglu` by the backend of this name, which serves u; no autograd."""
+    return _forward(u) if backend == "cpu" else geglu_reference(u)
+
+
+@torch.no_grad()
+def geglu_backward(grad_y: Tensor, u: Tensor, backend: str) -> Tensor:
+    """The gradient of u; no autograd."""
+    if backend == "cpu":
+        return _backward(grad_y, u)
+    return compiled.differentiate(geglu_reference, (u,), (True,), grad_y)[0]
+
+
 class _GEGLU(torch.autograd.Function):
     """Saves u; the backward recomputes the rest."""
 

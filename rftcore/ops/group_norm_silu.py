@@ -73,6 +73,35 @@ def group_norm_silu_reference(x, weight, bias, channel_bias, scale, shift, num_g
     return _dense(y.to(x.dtype), _is_channels_last(x))
 
 
+@torch.no_grad()
+def group_norm_silu_forward(x, weight, bias, channel_bias, scale, shift, num_groups, eps, silu, backend):
+    """The output of `group_norm_silu`, and the groups' mean and reciprocal deviation for `group_norm_silu_backward`.
+
+    Args:
+        backend: one that serves x, by name.
+
+    Shapes: like x, (N, num_groups), (N, num_groups); without elements where `backend` does without statistics.
+    """
+    inputs = (x, weight, bias, channel_bias, scale, shift, num_groups, eps, silu)
+    if backend == "cpu":
+        return _forward(*inputs)
+    return group_norm_silu_reference(*inputs), x.new_empty(0), x.new_empty(0)
+
+
+@torch.no_grad()
+def group_norm_silu_backward(
+    grad_y, x, weight, bias, channel_bias, scale, shift, num_groups, eps, silu, mean, inverse_deviation, backend, needs
+):
+    """Gradients of the six tensors x to shift, None where `needs` says so; arguments as the forward had and gave them."""
+    tensors = (x, weight, bias, channel_bias, scale, shift)
+    if backend == "cpu":
+        grads = _backward(grad_y, *tensors, mean, inverse_deviation, num_groups, silu, list(needs[1:]))
+        return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+    return compiled.differentiate(
+        lambda *t: group_norm_silu_reference(*t, num_groups, eps, silu), tensors, needs, grad_y
+    )
+
+
 class _GroupNormSiLU(torch.autograd.Function):
     """Saves inputs and statistics; the backward recomputes the rest."""
 

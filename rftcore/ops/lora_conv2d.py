@@ -45,7 +45,7 @@ def lora_conv2d(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         scales = tuple(adapter.scale for adapter in adapters)
         return _LoraConv2d.apply((scales, geometry, lower), x, *tensors)
-    return _forward(x, weight, bias, adapters, geometry, lower)
+    return convolve(x, weight, bias, adapters, geometry, lower)
 
 
 def lora_conv2d_reference(
@@ -59,7 +59,16 @@ def lora_conv2d_reference(
     return y.to(base.dtype)
 
 
-def _forward(x, weight, bias, adapters, geometry, lower):
+def convolve(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    adapters: Sequence[Adapter],
+    geometry: Geometry,
+    lower: torch.dtype | None,
+) -> Tensor:
+    """The convolution and its adapters, where nothing records a graph; `lower` is autocast's dtype."""
+
     def cast(tensor):
         return tensor if tensor is None else tensor.to(autocast.lowered(tensor, lower))
 
@@ -75,8 +84,24 @@ def _shrink(x, a, geometry):
     return F.conv2d(x.to(a.dtype), a, None, geometry.stride, geometry.padding)
 
 
-def _backward(grad_y, x, projection, needs_x, needs, size, memory_format, geometry, lower):
-    """Gradients of x, in grad_y's dtype, and of the projection's tensors in their places; None where not needed."""
+def convolve_backward(
+    grad_y: Tensor,
+    x: Tensor | None,
+    projection: Projection,
+    needs_x: bool,
+    needs: Projection,
+    size: Sequence[int],
+    memory_format: torch.memory_format,
+    geometry: Geometry,
+    lower: torch.dtype | None,
+) -> tuple[Tensor | None, Projection]:
+    """Gradients of x, in grad_y's dtype, and of the projection's tensors in their places; None where not needed.
+
+    Args:
+        x: None where no weight, a or b needs a gradient.
+        needs_x, needs: which gradients to compute; `needs` is booleans in place of tensors.
+        size, memory_format: of x.
+    """
     weight, bias, adapters = projection
     grad_x = conv2d_grad_x(grad_y, weight, geometry, size, memory_format) if needs_x else None
     found = []
@@ -113,7 +138,7 @@ class _LoraConv2d(torch.autograd.Function):
         ctx.save_for_backward(x if needs_x else None, *tensors)
         ctx.dtype = x.dtype
         ctx.options = scales, x.shape[2:], memory_format_of(x, projection.weight), geometry, lower
-        return _forward(x, *projection, geometry, lower)
+        return convolve(x, *projection, geometry, lower)
 
     @staticmethod
     def backward(ctx, grad_y):
@@ -132,7 +157,7 @@ class _LoraConv2dBackward(torch.autograd.Function):
         needs_x, *needs = needs
         (needs,) = restore(needs, [scales])
         with autocast.disabled(grad_y.device):
-            grad_x, found = _backward(grad_y, x, projection, needs_x, needs, *others)
+            grad_x, found = convolve_backward(grad_y, x, projection, needs_x, needs, *others)
         return grad_x, *flatten([found])
 
     @staticmethod

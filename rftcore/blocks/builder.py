@@ -1,0 +1,85 @@
+"""Writes a block's program, step by step, from the block's own layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from rftcore.blocks import kinds, modules
+from rftcore.blocks.program import Program, Step
+from rftcore.ops import Projection
+from rftcore.ops.lora_linear import flatten
+
+
+class Builder:
+    """Collects steps and their parameters. Each method adds a step and returns the name of its output.
+
+    Args:
+        inputs: names of the program's inputs.
+        backends: of an op's name, the backend that was asked for; "auto" where it says nothing.
+
+    Raises: Unserved, from any method, where a layer is one that no step can stand for.
+    """
+
+    def __init__(self, inputs: Sequence[str], backends: dict[str, str]) -> None:
+        self._inputs = tuple(inputs)
+        self._steps: list[Step] = []
+        self.parameters: list[Tensor | None] = []
+        self._backends = backends
+
+    @property
+    def program(self) -> Program:
+        return Program(self._inputs, tuple(self._steps))
+
+    def step(self, kind, inputs: Sequence[str], outputs: Sequence[str], parameters=(), statistics: Sequence[str] = ()):
+        """Any step; returns the name of its first output."""
+        start = len(self.parameters)
+        self.parameters.extend(parameters)
+        places = range(start, len(self.parameters))
+        self._steps.append(Step(kind, tuple(inputs), tuple(outputs), tuple(statistics), places))
+        return outputs[0]
+
+    def _backend(self, op: str) -> str:
+        return self._backends.get(op, "auto")
+
+    def group_norm(self, name: str, x: str, norm: nn.Module, silu: bool, embedding: str | None = None, how: str | None = None, own=False) -> str:
+        """`how` is "add" or "scale_shift", for an embedding; `own`: the norm is the block."""
+        modules.expect(norm, nn.GroupNorm, served=own)
+        kind = kinds.GroupNorm(norm.num_groups, norm.eps, silu, how, self._backend("group_norm_silu"))
+        inputs = [x] if embedding is None else [x, embedding]
+        return self.step(kind, inputs, [name], modules.norm_parameters(norm), [f"{name}.mean", f"{name}.deviation"])
+
+    def layer_norm(self, name: str, h: str, norm: nn.Module) -> str:
+        modules.expect(norm, nn.LayerNorm)
+        if len(norm.normalized_shape) != 1:
+            raise modules.Unserved(f"a LayerNorm over {norm.normalized_shape}")
+        parameters = modules.norm_parameters(norm)
+        return self.step(kinds.LayerNorm(norm.eps), [h], [name], parameters, [f"{name}.mean", f"{name}.deviation"])
+
+    def linear(self, names: Sequence[str], n: str, layers: Sequence[nn.Module], residual: str | None = None) -> str:
+        """Projections of one n; a residual is added to a single one's output."""
+        projections = [modules.linear(layer) for layer in layers]
+        kind = kinds.Linear(tuple(_scales(p) for p in projections), residual is not None)
+        return self.step(kind, [n] if residual is None else [n, residual], names, flatten(projections))
+
+    def convolution(self, name: str, x: str, layer: nn.Module, residual: str | None = None, own=False) -> str:
+        """`own`: the layer is the block."""
+        projection, geometry = modules.convolution(layer, own)
+        kind = kinds.Convolution(geometry, _scales(projection), residual is not None)
+        return self.step(kind, [x] if residual is None else [x, residual], [name], flatten([projection]))
+
+    def attention(self, name: str, q: str, k: str, v: str, heads: int, scale: float) -> str:
+        kind = kinds.Attention(heads, scale, self._backend("attention"))
+        return self.step(kind, [q, k, v], [name], statistics=[f"{name}.log_sum_exp"])
+
+    def geglu(self, name: str, u: str) -> str:
+        return self.step(kinds.GEGLU(self._backend("geglu")), [u], [name])
+
+    def quotient(self, name: str, x: str, divisor: float) -> str:
+        """x itself where the divisor is 1."""
+        return x if divisor == 1 else self.step(kinds.Quotient(divisor), [x], [name])
+
+
+def _scales(projection: Projection) -> tuple[float, ...]:
+    return tuple(adapter.scale for adapter in projection.adapters)

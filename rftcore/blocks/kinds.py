@@ -1,0 +1,333 @@
+"""The kinds of steps that blocks are made of: each an op, forward and backward without autograd."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rftcore.ops.attention import kernel_of, run_backward, run_forward
+from rftcore.ops.autocast import lowered
+from rftcore.ops.frozen_conv2d import Geometry, memory_format_of
+from rftcore.ops.geglu import OP as GEGLU_OP
+from rftcore.ops.geglu import geglu_backward, geglu_forward
+from rftcore.ops.group_norm_silu import OP as GROUP_NORM_OP
+from rftcore.ops.group_norm_silu import group_norm_silu_backward, group_norm_silu_forward
+from rftcore.ops.lora_conv2d import convolve, convolve_backward
+from rftcore.ops.lora_linear import Norm, flatten, normalise, normalise_backward, project, project_backward, restore
+
+
+@dataclass(frozen=True)
+class GroupNorm:
+    """x (N, C, ...) and optionally an embedding (N, C) added before, or (N, 2C): scale and shift after. Weight, bias."""
+
+    cheap: ClassVar[bool] = True
+    num_groups: int
+    eps: float
+    silu: bool
+    embedding: str | None = None  # None, "add" or "scale_shift"
+    backend: str = "auto"
+
+    def reads(self, needs):
+        return range(1 if self.embedding is None else 2), (), True
+
+    def _arguments(self, inputs, parameters):
+        x, *embedding = inputs
+        add = scale = shift = None
+        if self.embedding == "add":
+            (add,) = embedding
+        elif self.embedding == "scale_shift":
+            scale, shift = embedding[0].chunk(2, dim=1)
+        return x, *parameters, add, scale, shift, self.num_groups
+
+    def forward(self, inputs, parameters, lower, state=None):
+        arguments = self._arguments(inputs, parameters)
+        backend = state or GROUP_NORM_OP.choose(self.backend, inputs[0])
+        y, *statistics = group_norm_silu_forward(*arguments, self.eps, self.silu, backend)
+        return (y,), statistics, backend
+
+    def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower):
+        arguments = self._arguments(inputs, parameters)
+        needs_x, *needs_embedding, needs_weight, needs_bias = needs
+        of_add = self.embedding == "add" and needs_embedding[0]
+        of_scale = self.embedding == "scale_shift" and needs_embedding[0]
+        x, weight, bias, add, scale, shift = group_norm_silu_backward(
+            grads[0], *arguments, self.eps, self.silu, *statistics, state,
+            (needs_x, needs_weight, needs_bias, of_add, of_scale, of_scale),
+        )  # fmt: skip
+        embedding = [torch.cat([scale, shift], dim=1) if of_scale else add] if self.embedding else []
+        return [x, *embedding, weight, bias]
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """h (..., C). Weight, bias."""
+
+    cheap: ClassVar[bool] = True
+    eps: float
+
+    def reads(self, needs):
+        return (0,), (), True
+
+    def forward(self, inputs, parameters, lower, state=None):
+        n, *statistics = normalise(inputs[0], Norm(*parameters, self.eps), lower)
+        return (n,), statistics, None
+
+    def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower):
+        norm = Norm(*parameters, self.eps)
+        return list(normalise_backward(grads[0], inputs[0], norm, *statistics, list(needs), lower))
+
+
+@dataclass(frozen=True)
+class Linear:
+    """n (..., in) and, of a single projection, optionally a residual (..., out). Parameters of the projections."""
+
+    cheap: ClassVar[bool] = False
+    scales: tuple[tuple[float, ...], ...]
+    residual: bool = False
+
+    def reads(self, needs):
+        projections = restore(needs[2 if self.residual else 1 :], self.scales)
+        trained = any(p.weight or any(a.a or a.b for a in p.adapters) for p in projections)
+        return (0,) if trained else (), (), False
+
+    def forward(self, inputs, parameters, lower, state=None):
+        outputs = project(inputs[0], restore(parameters, self.scales), lower)
+        state = inputs[0].shape, outputs[0].dtype
+        if self.residual:
+            outputs = [_added(outputs[0], inputs[1])]
+        return outputs, (), state
+
+    def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower):
+        n, *residual = inputs
+        projections = restore(parameters, self.scales)
+        needs_n, *needs_residual = needs[: len(inputs)]
+        shape, dtype = state  # of the product: the residual may have widened the sum's
+        below, found = project_backward(
+            n, projections, [g.to(dtype) for g in grads], needs_n, restore(needs[len(inputs) :], self.scales), lower
+        )
+        grad_n = None if below is None else below.view(shape)
+        return [grad_n, *(grads[0] if need else None for need in needs_residual), *flatten(found)]
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """x (N, C, H, W) and optionally a residual of the output's shape. Weight, bias, and each adapter's a and b."""
+
+    cheap: ClassVar[bool] = False
+    geometry: Geometry
+    scales: tuple[float, ...] = ()
+    residual: bool = False
+
+    def reads(self, needs):
+        (p,) = restore(needs[2 if self.residual else 1 :], [self.scales])
+        return (0,) if p.weight or any(a.a or a.b for a in p.adapters) else (), (), False
+
+    def forward(self, inputs, parameters, lower, state=None):
+        x = inputs[0]
+        (p,) = restore(parameters, [self.scales])
+        y = convolve(x, *p, self.geometry, lower)
+        state = y.dtype, x.shape[2:], memory_format_of(x, p.weight)
+        return (_added(y, inputs[1]) if self.residual else y,), (), state
+
+    def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower):
+        dtype, size, memory_format = state
+        (p,), (needed,) = restore(parameters, [self.scales]), restore(needs[len(inputs) :], [self.scales])
+        below, found = convolve_backward(
+            grads[0].to(dtype), inputs[0], p, needs[0], needed, size, memory_format, self.geometry, lower
+        )
+        return [below, *(grads[0] if need else None for need in needs[1 : len(inputs)]), *flatten([found])]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """q (B, N, heads d), k and v (B, M, heads d)."""
+
+    cheap: ClassVar[bool] = False
+    heads: int
+    scale: float
+    backend: str = "auto"
+
+    def reads(self, needs):
+        return (0, 1, 2), (0,), True
+
+    def _split(self, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
+
+    def forward(self, inputs, parameters, lower, state=None):
+        dtype = inputs[0].dtype if lower is None else lowered(inputs[0], lower)
+        q, k, v = (self._split(t.to(dtype)) for t in inputs)
+        backend = state or kernel_of(self.backend, q, k, v)
+        o, lse = run_forward(backend, q, k, v, self.scale)
+        return (o.transpose(1, 2).flatten(2),), (lse,), backend
+
+    def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower):
+        o, (lse,) = outputs[0], statistics
+        q, k, v = (self._split(t.to(o.dtype)) for t in inputs)
+        grads = run_backward(
+            state, self._split(grads[0].to(o.dtype)), q, k, v, self._split(o), lse, self.scale, needs
+        )
+        return [None if g is None else g.transpose(1, 2).flatten(2) for g in grads]
+
+
+@dataclass(frozen=True)
+class GEGLU:
+    """u (..., 2D): hidden states, then gate."""
+
+    cheap: ClassVar[bool] = True
+    backend: str = "auto"
+
+    def reads(self, needs):
+        return (0,), (), False
+
+    def forward(self, inputs, parameters, lower, state=None):
+        backend = state or GEGLU_OP.choose(self.backend, inputs[0])
+        return (geglu_forward(inputs[0], backend),), (), backend
+
+    def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower):
+        return [geglu_backward(grads[0], inputs[0], state)]
+
+
+@dataclass(frozen=True)
+class SiLU:
+    """x, of any shape."""
+
+    cheap: ClassVar[bool] = True
+
+    def reads(self, needs):
+        return (0,), (), False
+
+    def forward(self, inputs, parameters, lower, state=None):
+        return (F.silu(inputs[0]),), (), None
+
+    def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower):
+        return [torch.ops.aten.silu_backward(grads[0].to(inputs[0].dtype), inputs[0])]
+
+
+@dataclass(frozen=True)
+class Concatenation:
+    """Two tensors (N, C_i, ...), along the channels."""
+
+    cheap: ClassVar[bool] = True
+
+    def reads(self, needs):
+        return (), (), False
+
+    def forward(self, inputs, parameters, lower, state=None):
+        return (torch.cat(inputs, dim=1),), (), [(t.shape[1], t.dtype) for t in inputs]
+
+    def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower):
+        parts = grads[0].split([channels for channels, _ in state], dim=1)
+        return [part.to(dtype) if need else None for part, (_, dtype), need in zip(parts, state, needs, strict=True)]
+
+
+@dataclass(frozen=True)
+class ToTokens:
+    """x (N, C, H, W) -> (N, H W, C)."""
+
+    cheap: ClassVar[bool] = True
+
+    def reads(self, needs):
+        return (), (), False
+
+    def forward(self, inputs, parameters, lower, state=None):
+        x = inputs[0]
+        return (x.permute(0, 2, 3, 1).flatten(1, 2),), (), (x.shape[2:], x.dtype)
+
+    def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower):
+        size, dtype = state
+        return [grads[0].to(dtype).unflatten(1, size).permute(0, 3, 1, 2)]
+
+
+@dataclass(frozen=True)
+class ToImage:
+    """Tokens (N, H W, C) and an image (N, any, H, W) -> (N, C, H, W), in the memory format of that image.
+
+    With `residual` the image is added.
+    """
+
+    cheap: ClassVar[bool] = True
+    residual: bool = False
+
+    def reads(self, needs):
+        return (), (), False
+
+    def forward(self, inputs, parameters, lower, state=None):
+        tokens, image = inputs
+        y = tokens.unflatten(1, image.shape[2:]).permute(0, 3, 1, 2)
+        if self.residual:
+            y = image + y  # in the memory format of the first
+        elif not image.is_contiguous(memory_format=torch.channels_last):
+            y = y.contiguous()
+        return (y,), (), (tokens.dtype, image.dtype)
+
+    def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower):
+        tokens, image = state
+        needs_tokens, needs_image = needs
+        return [
+            grads[0].to(tokens).permute(0, 2, 3, 1).flatten(1, 2) if needs_tokens else None,
+            grads[0].to(image) if needs_image and self.residual else None,
+        ]
+
+
+@dataclass(frozen=True)
+class Upsampling:
+    """x (N, C, H, W), to `size`, each pixel from its nearest; twice as large where no size is given."""
+
+    cheap: ClassVar[bool] = True
+    size: tuple[int, int] | None
+
+    def reads(self, needs):
+        return (), (), False
+
+    def forward(self, inputs, parameters, lower, state=None):
+        x = inputs[0]
+        scales = (2.0, 2.0) if self.size is None else (None, None)
+        size = self.size or (2 * x.shape[2], 2 * x.shape[3])
+        return (torch.ops.aten.upsample_nearest2d(x, size, *scales),), (), (x.shape, size, scales)
+
+    def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower):
+        shape, size, scales = state
+        return [torch.ops.aten.upsample_nearest2d_backward(grads[0], size, shape, *scales)]
+
+
+@dataclass(frozen=True)
+class Padding:
+    """x (N, C, H, W), with zeros at the right and the bottom: (N, C, H + 1, W + 1)."""
+
+    cheap: ClassVar[bool] = True
+
+    def reads(self, needs):
+        return (), (), False
+
+    def forward(self, inputs, parameters, lower, state=None):
+        return (F.pad(inputs[0], (0, 1, 0, 1)),), (), None
+
+    def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower):
+        return [grads[0][:, :, :-1, :-1]]
+
+
+@dataclass(frozen=True)
+class Quotient:
+    """x / divisor."""
+
+    cheap: ClassVar[bool] = True
+    divisor: float
+
+    def reads(self, needs):
+        return (), (), False
+
+    def forward(self, inputs, parameters, lower, state=None):
+        return (inputs[0] / self.divisor,), (), None
+
+    def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower):
+        return [grads[0] / self.divisor]
+
+
+def _added(fresh: Tensor, residual: Tensor) -> Tensor:
+    """Their sum; in place where the dtype allows that."""
+    wide = torch.promote_types(fresh.dtype, residual.dtype)
+    return fresh.add_(residual) if wide == fresh.dtype else fresh + residual

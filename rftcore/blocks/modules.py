@@ -1,0 +1,148 @@
+"""Reads the layers inside a block: their tensors as ops take them, or in words why only the layer itself can run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn.modules import module as globals_of_modules
+
+from rftcore.ops import Adapter, Geometry, Projection
+from rftcore.ops.compiled import DTYPES
+
+# What weights and inputs may be: a subclass has operations of its own.
+TENSORS = (Tensor, nn.Parameter, FakeTensor)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
+
+
+class Unserved(Exception):
+    """Why a block has to run its own forward."""
+
+
+def check_hooks(module: nn.Module, served: bool = False) -> None:
+    """Raises: Unserved where calling `module` does more than its class's forward.
+
+    Args:
+        served: whether a forward of ours may be in its place.
+    """
+    attributes = module.__dict__
+    if any(attributes[name] for name in _HOOKS):
+        raise Unserved(f"{_kind(module)} has hooks")
+    if "forward" in attributes and not (served and is_served(module)):
+        raise Unserved(f"{_kind(module)} has a forward of its own")
+
+
+def check_global_hooks() -> None:
+    """Raises: Unserved where hooks for all modules are registered."""
+    if any(getattr(globals_of_modules, name) for name in _GLOBAL_HOOKS):
+        raise Unserved("hooks for all modules are registered (torch.nn.modules.module)")
+
+
+def is_served(module: nn.Module) -> bool:
+    """Whether our forward is in place of the module's own."""
+    forward = module.__dict__.get("forward")
+    return getattr(getattr(forward, "func", None), "__module__", "").startswith("rftcore.blocks.")
+
+
+def expect(module: nn.Module | None, *kinds: type, served: bool = False) -> nn.Module:
+    """The module, which must be exactly of one of these classes and unhooked.
+
+    Raises: Unserved.
+    """
+    if type(module) not in kinds:
+        raise Unserved(f"{_kind(module)} in place of {' or '.join(kind.__name__ for kind in kinds)}")
+    check_hooks(module, served)
+    return module
+
+
+def norm_parameters(norm: nn.GroupNorm | nn.LayerNorm) -> tuple[Tensor | None, Tensor | None]:
+    """Weight and bias of a norm. Raises: Unserved."""
+    return _tensor(norm, "weight"), _tensor(norm, "bias")
+
+
+def linear(module: nn.Module) -> Projection:
+    """A linear layer, plain or adapted by PEFT. Raises: Unserved."""
+    base, adapters = _base_and_adapters(module, nn.Linear, lora.Linear)
+    return Projection(_tensor(base, "weight"), _tensor(base, "bias"), adapters)
+
+
+def convolution(module: nn.Module, served: bool = False) -> tuple[Projection, Geometry]:
+    """A 2-d convolution, plain or adapted by PEFT; `served` as in `check_hooks`. Raises: Unserved."""
+    base, adapters = _base_and_adapters(module, nn.Conv2d, lora.Conv2d, served)
+    if base.padding_mode != "zeros":
+        raise Unserved(f"a convolution pads with {base.padding_mode!r}")
+    if isinstance(base.padding, str):
+        raise Unserved(f"a convolution has padding={base.padding!r}")
+    geometry = Geometry(base.stride, base.padding, base.dilation, base.groups)
+    if adapters and base.dilation != (1, 1):
+        raise Unserved(f"an adapted convolution has dilation={base.dilation}")
+    return Projection(_tensor(base, "weight"), _tensor(base, "bias"), adapters), geometry
+
+
+def inactive_dropout(module: nn.Module) -> None:
+    """Raises: Unserved where `module` is not a dropout, or one that drops."""
+    expect(module, nn.Dropout)
+    if module.training and module.p > 0:
+        raise Unserved(f"dropout p={module.p} is active")
+
+
+def _kind(module) -> str:
+    return type(module).__name__
+
+
+def _tensor(module: nn.Module, name: str) -> Tensor | None:
+    tensor = getattr(module, name)
+    if tensor is None:
+        return None
+    if type(tensor) not in TENSORS:
+        raise Unserved(f"the {name} of a {_kind(module)} is a {type(tensor).__name__}")
+    if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
+        raise Unserved(f"the {name} of a {_kind(module)} is {tensor.dtype}, {tensor.layout}")
+    return tensor
+
+
+def _base_and_adapters(module, plain: type, adapted: type, served=False) -> tuple[nn.Module, tuple[Adapter, ...]]:
+    if type(module) is plain:
+        check_hooks(module, served)
+        return module, ()
+    if type(module) is not adapted:
+        layer = " (an adapter that is not LoRA's)" if isinstance(module, BaseTunerLayer) else ""
+        raise Unserved(f"{_kind(module)}{layer} in place of {plain.__name__}")
+    check_hooks(module, served)
+    # A layer at the model's end that was served before PEFT wrapped it.
+    base = expect(module.base_layer, plain, served=served)
+    return base, tuple(_active_adapters(module, plain))
+
+
+def _active_adapters(layer: BaseTunerLayer, plain: type) -> Iterable[Adapter]:
+    """What PEFT's forward adds to the base layer."""
+    if layer.disable_adapters:
+        if layer.merged:
+            raise Unserved("merged adapters are disabled: PEFT's forward unmerges them")
+        return
+    if layer.merged:
+        return
+    if getattr(layer, "fan_in_fan_out", False):
+        raise Unserved("an adapter has fan_in_fan_out")
+    if not getattr(layer, "cast_input_dtype_enabled", True):
+        raise Unserved("an adapter's input cast is switched off")
+    variants = getattr(layer, "lora_variant", {})
+    for name in layer.active_adapters:
+        if name not in layer.lora_A:
+            continue
+        if name in variants or (getattr(layer, "use_dora", None) or {}).get(name):
+            raise Unserved(f"adapter {name!r} is not plain LoRA ({type(variants.get(name, 'DoRA')).__name__})")
+        a, b = expect(layer.lora_A[name], plain), expect(layer.lora_B[name], plain)
+        if a.bias is not None or b.bias is not None:
+            raise Unserved(f"adapter {name!r} has lora_bias")
+        dropout = layer.lora_dropout[name]
+        if type(dropout) is not nn.Identity:
+            expect(dropout, nn.Dropout)
+            if dropout.training and dropout.p > 0:
+                raise Unserved(f"adapter {name!r} drops out with p={dropout.p}")
+        yield Adapter(_tensor(a, "weight"), _tensor(b, "weight"), float(layer.scaling[name]))

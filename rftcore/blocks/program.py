@@ -1,0 +1,244 @@
+"""A block as a list of steps: run forward, and backward with some values kept and the others made again.
+
+Autograd keeps what each of its nodes happens to read. Here a whole block is one node, every intermediate value has a
+name, and what is kept is decided for the block at once: what the backward reads and is not kept is made again from what
+is. Without further say (`drop`) exactly those values are kept that only a matrix product or a convolution can make.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from rftcore.ops import autocast, compiled
+
+
+class Kind(Protocol):
+    """What a step does. Hashable, without tensors; `lower` is autocast's dtype, or None.
+
+    Attributes:
+        cheap: whether its outputs are made again rather than kept: it is no matrix product and no convolution.
+    """
+
+    cheap: bool
+
+    def reads(self, needs: Sequence[bool]) -> tuple[Sequence[int], Sequence[int], bool]:
+        """Which inputs, which outputs, and whether the statistics are read by the backward.
+
+        Args:
+            needs: which inputs and parameters, in this order, want a gradient.
+        """
+
+    def forward(self, inputs, parameters, lower, state=None) -> tuple[Sequence[Tensor], Sequence[Tensor], Any]:
+        """Outputs, statistics, and a state without tensors for the backward; given that state, the same once more."""
+
+    def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower) -> Sequence[Tensor | None]:
+        """Gradients of inputs and parameters, None where not needed. What `reads` does not name is None here."""
+
+
+class Step(NamedTuple):
+    """One operation of a block.
+
+    Attributes:
+        inputs, outputs: names of values.
+        statistics: names of what else it makes for its backward, small beside the outputs.
+        parameters: positions among the program's parameters.
+    """
+
+    kind: Kind
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    statistics: tuple[str, ...]
+    parameters: range
+
+
+class Program(NamedTuple):
+    """The steps of a block. The last step's output is the block's."""
+
+    inputs: tuple[str, ...]
+    steps: tuple[Step, ...]
+
+    @property
+    def output(self) -> str:
+        return self.steps[-1].outputs[0]
+
+
+class Plan(NamedTuple):
+    """What a program keeps and what its backward makes again, for one way of needing gradients.
+
+    Attributes:
+        kept: names of the values to keep.
+        remade: positions of the steps that run again.
+        remembered: names that are wanted more than once: not to be made a third time.
+        needs: for each step, which of its inputs and parameters want a gradient.
+        released: for each step, the names that the forward needs no longer after it.
+    """
+
+    kept: tuple[str, ...]
+    remade: frozenset[int]
+    remembered: frozenset[str]
+    needs: tuple[tuple[bool, ...], ...]
+    released: tuple[tuple[str, ...], ...]
+
+
+@functools.lru_cache(maxsize=8192)
+def plan(program: Program, needs: tuple[bool, ...], drop: frozenset[str]) -> Plan:
+    """Decides what is kept.
+
+    Args:
+        needs: which inputs and parameters of the program require a gradient.
+        drop: names of values to be made again at the price of a matrix product or a convolution.
+    """
+    steps, inputs = program.steps, program.inputs
+    wanted = dict(zip(inputs, needs, strict=False))
+    step_needs = []
+    read: set[str] = set()
+    for step in steps:
+        own = (*(wanted[name] for name in step.inputs), *(needs[len(inputs) + i] for i in step.parameters))
+        wanted.update(dict.fromkeys(step.outputs, any(own)))
+        step_needs.append(own)
+        if any(own):
+            of_inputs, of_outputs, statistics = step.kind.reads(own)
+            read.update(step.inputs[i] for i in of_inputs)
+            read.update(step.outputs[i] for i in of_outputs)
+            read.update(step.statistics if statistics else ())
+
+    # What can be had again at a price that is accepted.
+    remakeable = {*inputs, *drop}
+    for step in steps:
+        if step.kind.cheap and all(name in remakeable or name in read for name in step.inputs):
+            remakeable.update(step.outputs)
+    outputs = {name: i for i, step in enumerate(steps) for name in step.outputs}
+    kept = {name for name in read if name in inputs or (name in outputs and name not in remakeable)}
+    remade: set[int] = set()
+
+    def remake(name: str) -> None:
+        if name in inputs:
+            kept.add(name)
+        elif name not in kept and outputs[name] not in remade:
+            remade.add(outputs[name])
+            for other in steps[outputs[name]].inputs:
+                remake(other)
+
+    for name in read & outputs.keys():
+        remake(name)
+    for i, step in enumerate(steps):
+        # A step that runs again brings its statistics with it.
+        kept.update(name for name in step.statistics if name in read and i not in remade)
+
+    readers = collections.Counter(name for i in remade for name in steps[i].inputs)
+    last_use = {name: i for i, step in enumerate(steps) for name in (*step.inputs, *step.outputs, *step.statistics)}
+    released = tuple(
+        tuple(name for name, last in last_use.items() if last == i and name not in kept and name != program.output)
+        for i in range(len(steps))
+    )
+    remembered = read | {name for name, count in readers.items() if count > 1}
+    return Plan(tuple(sorted(kept)), frozenset(remade), frozenset(remembered), tuple(step_needs), released)
+
+
+def run(program: Program, inputs: Sequence[Tensor], parameters: Sequence[Tensor | None], drop: frozenset[str]) -> Tensor:
+    """The program's output, differentiable with respect to inputs and parameters."""
+    lower = autocast.active(inputs[0].device)
+    tensors = (*inputs, *parameters)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _Program.apply((program, drop, lower), *tensors)
+    nothing = plan(program, (False,) * len(tensors), frozenset())
+    with autocast.disabled(inputs[0].device):
+        return execute(program, tensors, nothing.released, lower)[0][program.output]
+
+
+def execute(program: Program, tensors: Sequence[Tensor | None], released, lower) -> tuple[dict[str, Tensor], list]:
+    """The values that `released` leaves, by name, and the steps' states; no autograd."""
+    count = len(program.inputs)
+    values, parameters = dict(zip(program.inputs, tensors[:count], strict=True)), tensors[count:]
+    states = []
+    for step, names in zip(program.steps, released, strict=True):
+        outputs, statistics, state = step.kind.forward(
+            [values[name] for name in step.inputs], [parameters[i] for i in step.parameters], lower
+        )
+        values.update(zip((*step.outputs, *step.statistics), (*outputs, *statistics), strict=True))
+        states.append(state)
+        for name in names:
+            del values[name]
+    return values, states
+
+
+class _Program(torch.autograd.Function):
+    """Saves what the plan keeps."""
+
+    @staticmethod
+    def forward(ctx, options, *tensors):
+        program, drop, lower = options
+        chosen = plan(program, tuple(ctx.needs_input_grad[1:]), drop)
+        with autocast.disabled(tensors[0].device):
+            values, states = execute(program, tensors, chosen.released, lower)
+        ctx.options = program, chosen, states, lower
+        ctx.save_for_backward(*(values[name] for name in chosen.kept), *tensors[len(program.inputs) :])
+        return values[program.output]
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, *_ProgramBackward.apply(ctx.options, grad, *ctx.saved_tensors)
+
+
+class _ProgramBackward(torch.autograd.Function):
+    """The backward as a node of its own, so that differentiating it again is an error."""
+
+    @staticmethod
+    def forward(ctx, options, grad, *saved):
+        with autocast.disabled(grad.device):
+            return tuple(_differentiate(*options, grad, saved))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise compiled.differentiated_twice("an accelerated block", 'rftcore.restore(module) does')
+
+
+def _differentiate(program, chosen: Plan, states, lower, grad, saved) -> list[Tensor | None]:
+    """Gradients of the program's inputs and parameters."""
+    steps, count = program.steps, len(chosen.kept)
+    values, parameters = dict(zip(chosen.kept, saved[:count], strict=True)), saved[count:]
+    maker = {name: i for i, step in enumerate(steps) for name in (*step.outputs, *step.statistics)}
+
+    def value(name: str) -> Tensor:
+        if name in values:
+            return values[name]
+        i = maker[name]
+        own = [parameters[p] for p in steps[i].parameters]
+        outputs, statistics, _ = steps[i].kind.forward([value(n) for n in steps[i].inputs], own, lower, states[i])
+        made = dict(zip((*steps[i].outputs, *steps[i].statistics), (*outputs, *statistics), strict=True))
+        for n, tensor in made.items():
+            if n in chosen.remembered:
+                values.setdefault(n, tensor)
+        return made[name]
+
+    grads: dict[str, Tensor] = {program.output: grad}
+    found: list[Tensor | None] = [None] * len(parameters)
+    for i in reversed(range(len(steps))):
+        kind, names, own, statistics, places = steps[i]
+        needs = chosen.needs[i]
+        if any(needs):
+            of_inputs, of_outputs, of_statistics = kind.reads(needs)
+            below = kind.backward(
+                [grads.pop(name, None) for name in own],
+                [value(name) if j in of_inputs else None for j, name in enumerate(names)],
+                [value(name) if j in of_outputs else None for j, name in enumerate(own)],
+                [value(name) if of_statistics else None for name in statistics],
+                [parameters[p] for p in places],
+                states[i],
+                needs,
+                lower,
+            )
+            for name, gradient in zip(names, below, strict=False):
+                if gradient is not None:
+                    grads[name] = grads[name] + gradient if name in grads else gradient
+            found[places.start : places.stop] = below[len(names) :]
+            del below
+        for name in (*own, *statistics):
+            values.pop(name, None)
+    return [*(grads.get(name) for name in program.inputs), *found]

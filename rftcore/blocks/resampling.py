@@ -1,0 +1,54 @@
+"""Downsample2D and Upsample2D: their frozen convolution keeps nothing."""
+
+from __future__ import annotations
+
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor
+
+from rftcore.blocks import kinds
+from rftcore.blocks.modules import Unserved
+from rftcore.blocks.serving import Place, check_call, opaque
+
+
+@opaque
+def forward_down(block: Downsample2D, place: Place, hidden_states: Tensor, *args, **kwargs):
+    """In place of Downsample2D.forward."""
+    try:
+        _check(block, hidden_states, args, kwargs)
+        b = place.builder("hidden_states")
+        x = "hidden_states"
+        if block.padding == 0:
+            x = b.step(kinds.Padding(), [x], ["padded"])
+        b.convolution("y", x, block.conv)
+        return place.run(b, [hidden_states])
+    except Unserved as reason:
+        return place.stock(block, reason, hidden_states, *args, **kwargs)
+
+
+@opaque
+def forward_up(
+    block: Upsample2D, place: Place, hidden_states: Tensor, output_size: int | None = None, *args, **kwargs
+):
+    """In place of Upsample2D.forward."""
+    try:
+        _check(block, hidden_states, args, kwargs)
+        if block.use_conv_transpose or not block.interpolate:
+            raise Unserved("it does not interpolate")
+        b = place.builder("hidden_states")
+        size = None if output_size is None else tuple(output_size)
+        x = b.step(kinds.Upsampling(size), ["hidden_states"], ["upsampled"])
+        b.convolution("y", x, block.conv if block.name == "conv" else block.Conv2d_0)
+        return place.run(b, [hidden_states])
+    except Unserved as reason:
+        return place.stock(block, reason, hidden_states, output_size, *args, **kwargs)
+
+
+def _check(block, hidden_states, args, kwargs):
+    if args or kwargs:
+        raise Unserved("it was called with further arguments")
+    if block.norm is not None:
+        raise Unserved("it has a norm")
+    if not block.use_conv:
+        raise Unserved("it has no convolution")
+    check_call(hidden_states)

@@ -1,0 +1,74 @@
+"""ResnetBlock2D: keeps its input and the first convolution's output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from rftcore.blocks import kinds, modules
+from rftcore.blocks.builder import Builder
+from rftcore.blocks.modules import Unserved
+from rftcore.blocks.serving import Place, check_call, opaque
+
+# Names of the inputs where the ResNet's input is cut together.
+TWO_PARTS = ("hidden_states", "res_hidden_states")
+
+
+@opaque
+def forward(block: ResnetBlock2D, place: Place, input_tensor: Tensor, temb: Tensor | None = None, *args, **kwargs):
+    """In place of ResnetBlock2D.forward."""
+    try:
+        if args or kwargs:
+            raise Unserved("it was called with further arguments")
+        return forward_parts(block, place, (input_tensor,), temb)
+    except Unserved as reason:
+        return place.stock(block, reason, input_tensor, temb, *args, **kwargs)
+
+
+def forward_parts(block: ResnetBlock2D, place: Place, parts: Sequence[Tensor], temb: Tensor | None) -> Tensor:
+    """The block's output for an input that is these parts (N, C_i, H, W) along the channels; they are kept, not it.
+
+    Raises: Unserved.
+    """
+    check_call(*parts, temb)
+    builder = place.builder(*_names(parts), *(() if temb is None else ("temb",)))
+    write(builder, block, _names(parts), temb is not None)
+    return place.run(builder, [*parts, *(() if temb is None else (temb,))])
+
+
+def write(b: Builder, block: ResnetBlock2D, parts: Sequence[str], embedded: bool) -> None:
+    """Writes the block's steps."""
+    if block.upsample is not None or block.downsample is not None:
+        raise Unserved("it changes the resolution")
+    modules.expect(block.nonlinearity, nn.SiLU)
+    modules.inactive_dropout(block.dropout)
+    x = parts[0] if len(parts) == 1 else b.step(kinds.Concatenation(), parts, ["x"])
+    embedding = _embedding(b, block, embedded)
+    how = {"default": "add", "scale_shift": "scale_shift"}.get(block.time_embedding_norm)
+    if how is None:
+        raise Unserved(f"time_embedding_norm={block.time_embedding_norm!r}")
+
+    n1 = b.group_norm("n1", x, block.norm1, silu=True)
+    c1 = b.convolution("c1", n1, block.conv1)
+    n2 = b.group_norm("n2", c1, block.norm2, True, embedding, how if embedding else None)
+    residual = x if block.conv_shortcut is None else b.convolution("shortcut", x, block.conv_shortcut)
+    c2 = b.convolution("c2", n2, block.conv2, residual)
+    b.quotient("y", c2, block.output_scale_factor)
+
+
+def _embedding(b: Builder, block: ResnetBlock2D, embedded: bool) -> str | None:
+    if block.time_emb_proj is None:
+        if embedded:
+            raise Unserved("a time embedding without a projection")
+        return None
+    if not embedded:
+        raise Unserved("no time embedding")
+    temb = "temb" if block.skip_time_act else b.step(kinds.SiLU(), ["temb"], ["activated_temb"])
+    b.linear(["embedding"], temb, [block.time_emb_proj])
+    return "embedding"
+
+
+def _names(parts: Sequence[Tensor]) -> tuple[str, ...]:
+    return ("input_tensor",) if len(parts) == 1 else TWO_PARTS

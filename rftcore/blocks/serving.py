@@ -1,0 +1,90 @@
+"""How a block is served: its place in the accelerated module, what was asked for, and the way back to its own forward."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rftcore.blocks import levels, modules
+from rftcore.blocks.builder import Builder
+from rftcore.blocks.modules import Unserved
+from rftcore.blocks.program import run
+from rftcore.ops import backends
+from rftcore.ops.compiled import DTYPES
+
+
+@dataclasses.dataclass
+class Serving:
+    """What the blocks of one accelerated module share.
+
+    Attributes:
+        recompute: a level of `levels`, or "auto".
+        backends: of an op's name, the backend asked for.
+        refusals: of a block's name, why its last call ran its own forward.
+    """
+
+    recompute: str
+    backends: dict[str, str]
+    refusals: dict[str, str] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Place:
+    """One block of an accelerated module."""
+
+    serving: Serving
+    name: str
+
+    def builder(self, *inputs: str) -> Builder:
+        return Builder(inputs, self.serving.backends)
+
+    def run(self, builder: Builder, inputs: Sequence[Tensor]) -> Tensor:
+        """The block's program on these inputs.
+
+        Raises:
+            ValueError: for inputs that are not floating point or not where the block's weights are.
+        """
+        program, parameters = builder.program, builder.parameters
+        _check(self.name, program.inputs, inputs, parameters)
+        self.served()
+        drop = levels.drop(program, self.serving.recompute)
+        return run(program, inputs, parameters, drop)
+
+    def served(self) -> None:
+        """Notes that the last call was served."""
+        self.serving.refusals.pop(self.name, None)
+
+    def stock(self, block: nn.Module, reason: Unserved, *args, **kwargs):
+        """The block's own forward, with the reason kept for the report."""
+        self.serving.refusals[self.name] = str(reason)
+        return type(block).forward(block, *args, **kwargs)
+
+
+def check_call(*tensors: Tensor | None) -> None:
+    """Raises: Unserved where PyTorch does something with a call on these tensors that no program can stand for."""
+    if reasons := backends.transform_reasons():
+        raise Unserved("; ".join(reasons))
+    modules.check_global_hooks()
+    for tensor in tensors:
+        if tensor is not None and type(tensor) not in modules.TENSORS:
+            raise Unserved(f"it was called with a {type(tensor).__name__}")
+
+
+def opaque(forward):
+    """Marks a served forward as one that torch.compile calls and does not trace: the graph breaks around the block."""
+    forward._torchdynamo_disable = True
+    return forward
+
+
+def _check(name: str, names: Sequence[str], inputs: Sequence[Tensor], parameters: Sequence[Tensor | None]) -> None:
+    device = next((p.device for p in parameters if p is not None), inputs[0].device)
+    for argument, tensor in zip(names, inputs, strict=True):
+        if tensor.dtype not in DTYPES:
+            raise ValueError(
+                f"{name}: {argument} is {tensor.dtype}; it must be fp64, fp32, bf16 or fp16. Convert it: .to(torch.float32)."
+            )
+        if tensor.device != device:
+            raise ValueError(f"{name}: {argument} is on {tensor.device}, its weights are on {device}; move one of them.")

@@ -1,0 +1,143 @@
+"""Transformer2DModel and BasicTransformerBlock: keep hidden states, attention outputs, and by level q, k, v and u."""
+
+from __future__ import annotations
+
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, is_grad_enabled, nn
+
+from rftcore.blocks import attention, kinds, modules
+from rftcore.blocks.builder import Builder
+from rftcore.blocks.modules import Unserved
+from rftcore.blocks.serving import Place, check_call, opaque
+
+
+@opaque
+def forward_model(
+    block: Transformer2DModel,
+    place: Place,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None = None,
+    timestep=None,
+    added_cond_kwargs=None,
+    class_labels=None,
+    cross_attention_kwargs=None,
+    attention_mask: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    return_dict: bool = True,
+):
+    """In place of Transformer2DModel.forward."""
+    try:
+        _check_arguments(attention_mask, encoder_attention_mask, cross_attention_kwargs)
+        check_call(hidden_states, encoder_hidden_states)
+        b = place.builder("hidden_states", *_context(encoder_hidden_states))
+        _write_model(b, block, encoder_hidden_states is not None)
+    except Unserved as reason:
+        return place.stock(
+            block, reason, hidden_states, encoder_hidden_states, timestep, added_cond_kwargs, class_labels,
+            cross_attention_kwargs, attention_mask, encoder_attention_mask, return_dict,
+        )  # fmt: skip
+    output = place.run(b, _present(hidden_states, encoder_hidden_states))
+    return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+
+
+@opaque
+def forward_block(
+    block: BasicTransformerBlock,
+    place: Place,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Tensor | None = None,
+    encoder_attention_mask: Tensor | None = None,
+    timestep=None,
+    cross_attention_kwargs=None,
+    class_labels=None,
+    added_cond_kwargs=None,
+):
+    """In place of BasicTransformerBlock.forward."""
+    try:
+        _check_arguments(attention_mask, encoder_attention_mask, cross_attention_kwargs)
+        if hidden_states.dim() != 3:
+            raise Unserved(f"hidden_states is {tuple(hidden_states.shape)}, not (B, N, C)")
+        check_call(hidden_states, encoder_hidden_states)
+        b = place.builder("0.h", *_context(encoder_hidden_states))
+        _write_block(b, block, 0, encoder_hidden_states is not None)
+    except Unserved as reason:
+        return place.stock(
+            block, reason, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
+            cross_attention_kwargs, class_labels, added_cond_kwargs,
+        )  # fmt: skip
+    return place.run(b, _present(hidden_states, encoder_hidden_states))
+
+
+def _write_model(b: Builder, block: Transformer2DModel, conditioned: bool) -> None:
+    if not block.is_input_continuous:
+        raise Unserved("its input is not an image")
+    if block.gradient_checkpointing and is_grad_enabled():
+        raise Unserved("gradient checkpointing is on")
+    tokens, image = kinds.ToTokens(), kinds.ToImage(residual=False)
+    n = b.group_norm("normalised", "hidden_states", block.norm, silu=False)
+    if block.use_linear_projection:
+        h = b.linear(["0.h"], b.step(tokens, [n], ["n"]), [block.proj_in])
+    else:
+        h = b.step(tokens, [b.convolution("projected", n, block.proj_in)], ["0.h"])
+    for i, inner in enumerate(block.transformer_blocks):
+        modules.expect(inner, BasicTransformerBlock, served=True)
+        h = _write_block(b, inner, i, conditioned)
+    if block.use_linear_projection:
+        y = b.linear(["p"], h, [block.proj_out])
+        b.step(kinds.ToImage(residual=True), [y, "hidden_states"], ["y"])
+    else:
+        b.convolution("y", b.step(image, [h, "hidden_states"], ["p"]), block.proj_out, "hidden_states")
+
+
+def _write_block(b: Builder, block: BasicTransformerBlock, i: int, conditioned: bool) -> str:
+    """From the value "i.h" (B, N, C) to "i+1.h"."""
+    if block.norm_type != "layer_norm" or block.pos_embed is not None:
+        raise Unserved(f"norm_type={block.norm_type!r} or a positional embedding")
+    if block.only_cross_attention or block._chunk_size is not None:
+        raise Unserved("only_cross_attention or a chunked feed-forward")
+    if block.attn2 is not None and not conditioned:
+        raise Unserved("a cross-attention without encoder_hidden_states")
+
+    def name(value: str) -> str:
+        return f"{i}.{value}"
+
+    h, after = name("h"), f"{i + 1}.h"
+    n = b.layer_norm(name("n1"), h, block.norm1)
+    h = attention.write(b, block.attn1, n, n, h, tuple(map(name, ("q", "k", "v", "o", "h1"))))
+    if block.attn2 is not None:
+        n = b.layer_norm(name("n2"), h, block.norm2)
+        names = tuple(map(name, ("q2", "k2", "v2", "o2", "h2")))
+        h = attention.write(b, block.attn2, n, "encoder_hidden_states", h, names)
+    up, down = _feed_forward(block.ff)
+    n = b.layer_norm(name("n3"), h, block.norm3)
+    u = b.linear([name("u")], n, [up])
+    return b.linear([after], b.geglu(name("g"), u), [down], h)
+
+
+def _feed_forward(ff: FeedForward) -> tuple[nn.Module, nn.Module]:
+    """The two projections of a gated feed-forward."""
+    modules.expect(ff, FeedForward)
+    gated, dropout, down, *more = ff.net
+    modules.expect(gated, GEGLU)
+    for module in (dropout, *more):
+        modules.inactive_dropout(module)
+    return gated.proj, down
+
+
+def _check_arguments(attention_mask, encoder_attention_mask, cross_attention_kwargs):
+    if attention_mask is not None or encoder_attention_mask is not None:
+        raise Unserved("it was called with an attention mask")
+    if cross_attention_kwargs:
+        raise Unserved(f"it was called with cross_attention_kwargs {sorted(cross_attention_kwargs)}")
+
+
+def _context(encoder_hidden_states) -> tuple[str, ...]:
+    return () if encoder_hidden_states is None else ("encoder_hidden_states",)
+
+
+def _present(hidden_states, encoder_hidden_states) -> list[Tensor]:
+    return [hidden_states] if encoder_hidden_states is None else [hidden_states, encoder_hidden_states]
