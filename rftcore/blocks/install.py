@@ -30,7 +30,7 @@ _FORWARDS: dict[type, Callable] = {
     Transformer2DModel: transformer.forward_model,
     BasicTransformerBlock: transformer.forward_block,
     UpBlock2D: up_block.forward,
-    AttnUpBlock2D: up_block.forward_attention,
+    AttnUpBlock2D: up_block.forward,
     CrossAttnUpBlock2D: up_block.forward_cross_attention,
 }
 _END_CONVOLUTIONS = ("conv_in", "conv_out", "quant_conv", "post_quant_conv")

@@ -38,36 +38,34 @@ def forward_parts(block: ResnetBlock2D, place: Place, parts: Sequence[Tensor], t
     return place.run(builder, [*parts, *(() if temb is None else (temb,))])
 
 
-def write(b: Builder, block: ResnetBlock2D, parts: Sequence[str], embedded: bool) -> None:
-    """Writes the block's steps."""
+def write(b: Builder, block: ResnetBlock2D, parts: Sequence[str], embedded: bool) -> str:
+    """Writes the block's steps, for these parts of its input; the name of its output. Raises: Unserved."""
     if block.upsample is not None or block.downsample is not None:
         raise Unserved("it changes the resolution")
     modules.expect(block.nonlinearity, nn.SiLU)
     modules.inactive_dropout(block.dropout)
     x = parts[0] if len(parts) == 1 else b.step(kinds.Concatenation(), parts, ["x"])
-    embedding = _embedding(b, block, embedded)
-    how = {"default": "add", "scale_shift": "scale_shift"}.get(block.time_embedding_norm)
-    if how is None:
-        raise Unserved(f"time_embedding_norm={block.time_embedding_norm!r}")
+    embedding, how = _embedding(b, block, embedded)
 
     n1 = b.group_norm("n1", x, block.norm1, silu=True)
     c1 = b.convolution("c1", n1, block.conv1)
-    n2 = b.group_norm("n2", c1, block.norm2, True, embedding, how if embedding else None)
+    n2 = b.group_norm("n2", c1, block.norm2, True, embedding, how)
     residual = x if block.conv_shortcut is None else b.convolution("shortcut", x, block.conv_shortcut)
     c2 = b.convolution("c2", n2, block.conv2, residual)
-    b.quotient("y", c2, block.output_scale_factor)
+    return b.quotient("resnet", c2, block.output_scale_factor)
 
 
-def _embedding(b: Builder, block: ResnetBlock2D, embedded: bool) -> str | None:
-    if block.time_emb_proj is None:
-        if embedded:
-            raise Unserved("a time embedding without a projection")
-        return None
-    if not embedded:
-        raise Unserved("no time embedding")
-    temb = "temb" if block.skip_time_act else b.step(kinds.SiLU(), ["temb"], ["activated_temb"])
-    b.linear(["embedding"], temb, [block.time_emb_proj])
-    return "embedding"
+def _embedding(b: Builder, block: ResnetBlock2D, embedded: bool) -> tuple[str | None, str | None]:
+    """The projected time embedding and how it enters; None and None where it does not."""
+    how = {"default": "add", "scale_shift": "scale_shift"}.get(block.time_embedding_norm)
+    if block.time_emb_proj is None and not embedded or how is None:
+        return None, None
+    if block.time_emb_proj is None or not embedded:
+        raise Unserved("a time embedding without a projection, or a projection without one")
+    temb = "temb"
+    if not block.skip_time_act:
+        temb = b.step(kinds.SiLU(), [temb], ["activated_temb"])
+    return b.linear(["embedding"], temb, [block.time_emb_proj]), how
 
 
 def _names(parts: Sequence[Tensor]) -> tuple[str, ...]:

@@ -30,10 +30,10 @@ def forward_model(
 ):
     """In place of Transformer2DModel.forward."""
     try:
-        _check_arguments(attention_mask, encoder_attention_mask, cross_attention_kwargs)
+        check_arguments(attention_mask, encoder_attention_mask, cross_attention_kwargs)
         check_call(hidden_states, encoder_hidden_states)
         b = place.builder("hidden_states", *_context(encoder_hidden_states))
-        _write_model(b, block, encoder_hidden_states is not None)
+        write(b, block, "hidden_states", encoder_hidden_states is not None)
     except Unserved as reason:
         return place.stock(
             block, reason, hidden_states, encoder_hidden_states, timestep, added_cond_kwargs, class_labels,
@@ -58,7 +58,7 @@ def forward_block(
 ):
     """In place of BasicTransformerBlock.forward."""
     try:
-        _check_arguments(attention_mask, encoder_attention_mask, cross_attention_kwargs)
+        check_arguments(attention_mask, encoder_attention_mask, cross_attention_kwargs)
         if hidden_states.dim() != 3:
             raise Unserved(f"hidden_states is {tuple(hidden_states.shape)}, not (B, N, C)")
         check_call(hidden_states, encoder_hidden_states)
@@ -72,25 +72,28 @@ def forward_block(
     return place.run(b, _present(hidden_states, encoder_hidden_states))
 
 
-def _write_model(b: Builder, block: Transformer2DModel, conditioned: bool) -> None:
+def write(b: Builder, block: Transformer2DModel, x: str, conditioned: bool) -> str:
+    """Writes the block's steps, from the image x; the name of its output. Raises: Unserved.
+
+    Args:
+        conditioned: whether the program has an input "encoder_hidden_states".
+    """
     if not block.is_input_continuous:
         raise Unserved("its input is not an image")
     if block.gradient_checkpointing and is_grad_enabled():
         raise Unserved("gradient checkpointing is on")
-    tokens, image = kinds.ToTokens(), kinds.ToImage(residual=False)
-    n = b.group_norm("normalised", "hidden_states", block.norm, silu=False)
+    n = b.group_norm("normalised", x, block.norm, silu=False)
     if block.use_linear_projection:
-        h = b.linear(["0.h"], b.step(tokens, [n], ["n"]), [block.proj_in])
+        h = b.linear(["0.h"], b.step(kinds.ToTokens(), [n], ["n"]), [block.proj_in])
     else:
-        h = b.step(tokens, [b.convolution("projected", n, block.proj_in)], ["0.h"])
+        h = b.step(kinds.ToTokens(), [b.convolution("projected", n, block.proj_in)], ["0.h"])
     for i, inner in enumerate(block.transformer_blocks):
         modules.expect(inner, BasicTransformerBlock, served=True)
         h = _write_block(b, inner, i, conditioned)
     if block.use_linear_projection:
-        y = b.linear(["p"], h, [block.proj_out])
-        b.step(kinds.ToImage(residual=True), [y, "hidden_states"], ["y"])
-    else:
-        b.convolution("y", b.step(image, [h, "hidden_states"], ["p"]), block.proj_out, "hidden_states")
+        p = b.linear(["p"], h, [block.proj_out])
+        return b.step(kinds.ToImage(residual=True), [p, x], ["y"])
+    return b.convolution("y", b.step(kinds.ToImage(), [h, x], ["p"]), block.proj_out, x)
 
 
 def _write_block(b: Builder, block: BasicTransformerBlock, i: int, conditioned: bool) -> str:
@@ -128,7 +131,8 @@ def _feed_forward(ff: FeedForward) -> tuple[nn.Module, nn.Module]:
     return gated.proj, down
 
 
-def _check_arguments(attention_mask, encoder_attention_mask, cross_attention_kwargs):
+def check_arguments(attention_mask, encoder_attention_mask, cross_attention_kwargs) -> None:
+    """Raises: Unserved for what no program can stand for."""
     if attention_mask is not None or encoder_attention_mask is not None:
         raise Unserved("it was called with an attention mask")
     if cross_attention_kwargs:

@@ -1,55 +1,47 @@
-"""UpBlock2D and its relatives: a ResNet's input, cut together with a skip connection, is not kept beside its parts."""
+"""UpBlock2D and its relatives: each layer takes a skip connection, and what both are cut together to is not kept."""
 
 from __future__ import annotations
 
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, CrossAttnUpBlock2D, UpBlock2D
-from torch import Tensor, is_grad_enabled
+from torch import Tensor, is_grad_enabled, nn
 
-from rftcore.blocks import modules, resnet
+from rftcore.blocks import modules, resnet, transformer
 from rftcore.blocks.modules import Unserved
 from rftcore.blocks.serving import Place, check_call, opaque
 
 
 @opaque
-def forward(block: UpBlock2D, place: Place, hidden_states, res_hidden_states_tuple, temb=None, upsample_size=None, *args, **kwargs):
-    """In place of UpBlock2D.forward."""
+def forward(
+    block: UpBlock2D,
+    place: Place,
+    hidden_states: Tensor,
+    res_hidden_states_tuple: tuple[Tensor, ...],
+    temb: Tensor | None = None,
+    upsample_size: int | None = None,
+    *args,
+    **kwargs,
+):
+    """In place of UpBlock2D.forward and AttnUpBlock2D.forward."""
+    attentions = getattr(block, "attentions", None)
     try:
         if args or kwargs:
             raise Unserved("it was called with further arguments")
-        _check(block, hidden_states, res_hidden_states_tuple, temb)
-    except Unserved as reason:
-        return place.stock(
-            block, reason, hidden_states, res_hidden_states_tuple, temb, upsample_size, *args, **kwargs
-        )
-    skips = reversed(res_hidden_states_tuple[-len(block.resnets) :])
-    for inner, skip in zip(block.resnets, skips, strict=True):
-        hidden_states = _joined(inner, hidden_states, skip, temb)
-    for upsampler in block.upsamplers or ():
-        hidden_states = upsampler(hidden_states, upsample_size)
-    place.served()
-    return hidden_states
-
-
-@opaque
-def forward_attention(block: AttnUpBlock2D, place: Place, hidden_states, res_hidden_states_tuple, temb=None, upsample_size=None, *args, **kwargs):
-    """In place of AttnUpBlock2D.forward."""
-    try:
-        if args or kwargs:
-            raise Unserved("it was called with further arguments")
-        if block.upsample_type == "resnet":
+        if getattr(block, "upsample_type", "conv") == "resnet":
             raise Unserved("it upsamples by a ResNet")
         _check(block, hidden_states, res_hidden_states_tuple, temb)
     except Unserved as reason:
-        return place.stock(
-            block, reason, hidden_states, res_hidden_states_tuple, temb, upsample_size, *args, **kwargs
-        )
-    skips = reversed(res_hidden_states_tuple[-len(block.resnets) :])
-    for inner, attention, skip in zip(block.resnets, block.attentions, skips, strict=True):
-        hidden_states = attention(_joined(inner, hidden_states, skip, temb))
-    for upsampler in block.upsamplers or ():
-        hidden_states = upsampler(hidden_states)
+        return place.stock(block, reason, hidden_states, res_hidden_states_tuple, temb, upsample_size, *args, **kwargs)
     place.served()
+    for i, inner in enumerate(block.resnets):
+        parts = hidden_states, res_hidden_states_tuple[-1 - i]
+        hidden_states = resnet.forward_parts(inner, _place(inner), parts, temb)
+        if attentions is not None:
+            hidden_states = attentions[i](hidden_states)
+    for upsampler in block.upsamplers or ():
+        # AttnUpBlock2D does not pass a size on.
+        hidden_states = upsampler(hidden_states, *(() if attentions is not None else (upsample_size,)))
     return hidden_states
 
 
@@ -74,41 +66,55 @@ def forward_cross_attention(
             block, reason, hidden_states, res_hidden_states_tuple, temb, encoder_hidden_states,
             cross_attention_kwargs, upsample_size, attention_mask, encoder_attention_mask,
         )  # fmt: skip
-    skips = reversed(res_hidden_states_tuple[-len(block.resnets) :])
-    for inner, attention, skip in zip(block.resnets, block.attentions, skips, strict=True):
-        hidden_states = attention(
-            _joined(inner, hidden_states, skip, temb),
-            encoder_hidden_states=encoder_hidden_states,
-            cross_attention_kwargs=cross_attention_kwargs,
-            attention_mask=attention_mask,
-            encoder_attention_mask=encoder_attention_mask,
-            return_dict=False,
-        )[0]
+    place.served()
+    for i, (inner, attention) in enumerate(zip(block.resnets, block.attentions, strict=True)):
+        parts = hidden_states, res_hidden_states_tuple[-1 - i]
+        try:
+            transformer.check_arguments(attention_mask, encoder_attention_mask, cross_attention_kwargs)
+            hidden_states = _layer(inner, attention, parts, temb, encoder_hidden_states)
+        except Unserved:
+            hidden_states = attention(
+                resnet.forward_parts(inner, _place(inner), parts, temb),
+                encoder_hidden_states=encoder_hidden_states,
+                cross_attention_kwargs=cross_attention_kwargs,
+                attention_mask=attention_mask,
+                encoder_attention_mask=encoder_attention_mask,
+                return_dict=False,
+            )[0]
     for upsampler in block.upsamplers or ():
         hidden_states = upsampler(hidden_states, upsample_size)
-    place.served()
     return hidden_states
 
 
-def _check(block, hidden_states, res_hidden_states_tuple, temb):
-    """Raises: Unserved, where any of the ResNets would be: then the block runs as it is, and they each for themselves."""
+def _check(block: nn.Module, hidden_states: Tensor, skips: tuple[Tensor, ...], temb: Tensor | None) -> None:
+    """Raises: Unserved, also where a ResNet would be: then the block runs as it is, and its layers each for themselves."""
     if all(getattr(block, name, None) for name in ("s1", "s2", "b1", "b2")):
         raise Unserved("FreeU is on")
     if getattr(block, "gradient_checkpointing", False) and is_grad_enabled():
         raise Unserved("gradient checkpointing is on")
-    if len(res_hidden_states_tuple) < len(block.resnets):
-        raise Unserved("fewer skip connections than ResNets")
     for inner in block.resnets:
         modules.expect(inner, ResnetBlock2D, served=True)
-        if not modules.is_served(inner):
-            raise Unserved("a ResNet of its own is not served")
         resnet.write(_place(inner).builder(*resnet.TWO_PARTS), inner, resnet.TWO_PARTS, temb is not None)
-    check_call(hidden_states, *res_hidden_states_tuple, temb)
+    check_call(hidden_states, *skips, temb)
 
 
-def _joined(inner: ResnetBlock2D, hidden_states: Tensor, skip: Tensor, temb: Tensor | None) -> Tensor:
-    return resnet.forward_parts(inner, _place(inner), (hidden_states, skip), temb)
+def _layer(inner: ResnetBlock2D, attention: Transformer2DModel, parts, temb, encoder_hidden_states) -> Tensor:
+    """ResNet and transformer as one program: what lies between them need not be kept either. Raises: Unserved."""
+    modules.expect(attention, Transformer2DModel, served=True)
+    inputs = {**dict(zip(resnet.TWO_PARTS, parts, strict=True)), "temb": temb}
+    inputs["encoder_hidden_states"] = encoder_hidden_states
+    present = {name: tensor for name, tensor in inputs.items() if tensor is not None}
+    check_call(*present.values())
+    place = _place(attention)
+    b = place.builder(*present)
+    x = resnet.write(b, inner, resnet.TWO_PARTS, temb is not None)
+    transformer.write(b, attention, x, encoder_hidden_states is not None)
+    _place(inner).served()
+    return place.run(b, list(present.values()))
 
 
-def _place(inner: ResnetBlock2D) -> Place:
-    return inner.forward.args[1]
+def _place(block: nn.Module) -> Place:
+    """Raises: Unserved where our forward is not in place of the block's own."""
+    if not modules.is_served(block):
+        raise Unserved(f"{type(block).__name__} is not served")
+    return block.forward.args[1]
