@@ -7,17 +7,20 @@ __version__ = "0.1.0"
 # Public name -> the module that holds it. Looked up on first use, so that `import rftcore` and the
 # command line's --help do not wait for torch.
 _HOME = {
+    "accelerate": "rftcore.blocks",
     "build_info": "rftcore.build",
     "CheckpointedSampler": "rftcore.sampling",
     "GradientPath": "rftcore.sampling",
     "Trainer": "rftcore.training",
     "Trajectory": "rftcore.sampling",
     "decode": "rftcore.sampling",
+    "report": "rftcore.blocks",
+    "restore": "rftcore.blocks",
     "score": "rftcore.sampling",
 }
 
 # Packages that are used by their dotted name after a plain `import rftcore`.
-_PACKAGES = ("digits", "prompts", "rewards", "sampling", "training")
+_PACKAGES = ("blocks", "digits", "prompts", "rewards", "sampling", "training")
 
 __all__ = ["__version__", *_HOME]
 

@@ -1,0 +1,5 @@
+"""Blocks of diffusers' models, written with ops: an exact backward from a fraction of the bytes."""
+
+from rftcore.blocks.install import Report, accelerate, report, restore
+
+__all__ = ["Report", "accelerate", "report", "restore"]

@@ -21,17 +21,22 @@ def forward(block: Attention, place: Place, hidden_states: Tensor, *args, **kwar
             raise Unserved(f"its input is {tuple(hidden_states.shape)}, not an image")
         check_call(hidden_states)
         b = place.builder("hidden_states")
-        _check(block)
-        n = b.group_norm("normalised", "hidden_states", block.group_norm, silu=False)
-        n = b.step(kinds.ToTokens(), [n], ["n"])
-        b.linear(["q", "k", "v"], n, [block.to_q, block.to_k, block.to_v])
-        o = b.attention("o", "q", "k", "v", block.heads, scale(block))
-        y = b.linear(["p"], o, [block.to_out[0]])
-        y = b.step(kinds.ToImage(block.residual_connection), [y, "hidden_states"], ["image"])
-        b.quotient("y", y, block.rescale_output_factor)
+        write_image(b, block)
         return place.run(b, [hidden_states])
     except Unserved as reason:
         return place.stock(block, reason, hidden_states, *args, **kwargs)
+
+
+def write_image(b: Builder, block: Attention) -> None:
+    """Writes the steps of a block of its own. Raises: Unserved."""
+    _check(block)
+    n = b.group_norm("normalised", "hidden_states", block.group_norm, silu=False)
+    n = b.step(kinds.ToTokens(), [n], ["n"])
+    b.linear(["q", "k", "v"], n, [block.to_q, block.to_k, block.to_v])
+    o = b.attention("o", "q", "k", "v", block.heads, scale(block))
+    y = b.linear(["p"], o, [block.to_out[0]])
+    y = b.step(kinds.ToImage(block.residual_connection), [y, "hidden_states"], ["image"])
+    b.quotient("y", y, block.rescale_output_factor)
 
 
 def write(b: Builder, attn: Attention, n: str, context: str, h: str, names: tuple[str, str, str, str, str]) -> str:

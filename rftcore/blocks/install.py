@@ -1,11 +1,13 @@
-"""accelerate and restore: puts served forwards in the place of blocks' own, and takes them away again."""
+"""accelerate, restore and report: our forwards in the place of blocks' own, and which of them can serve."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
@@ -14,14 +16,17 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
+from peft import PeftModel
 from peft.tuners import lora
 from torch import nn
 
-from rftcore.blocks import attention, ends, levels, modules, resampling, resnet, transformer, up_block
+from rftcore.blocks import attention, ends, layers, levels, modules, resampling, resnet, transformer, up_block
+from rftcore.blocks.budget import Budget, bytes_of
+from rftcore.blocks.modules import Unserved
 from rftcore.blocks.serving import Place, Serving
 from rftcore.ops.backends import OPS
 
-SERVED_MODELS = (UNet2DConditionModel, UNet2DModel, AutoencoderKL)
+_MODELS = (UNet2DConditionModel, UNet2DModel, AutoencoderKL)
 
 _FORWARDS: dict[type, Callable] = {
     ResnetBlock2D: resnet.forward,
@@ -34,31 +39,168 @@ _FORWARDS: dict[type, Callable] = {
     CrossAttnUpBlock2D: up_block.forward_cross_attention,
 }
 _END_CONVOLUTIONS = ("conv_in", "conv_out", "quant_conv", "post_quant_conv")
+# Whose backends `backend` may name.
+_OPS = ("group_norm_silu", "geglu", "attention")
 
 
-def accelerate(module: nn.Module, recompute: str = "none", backend: str = "auto") -> nn.Module:
-    served = _model(module)
-    restore(served)
-    serving = Serving(recompute, {} if backend == "auto" else dict.fromkeys(OPS, backend))
-    for name, block, forward in _blocks(served):
+def accelerate(
+    module: nn.Module, recompute: str = "none", backend: str = "auto", memory_budget: int | str | None = None
+) -> nn.Module:
+    """Makes a model keep less for its backward, with the same outputs and the same gradients. In place.
+
+    The module tree, names, state_dict, hooks, adapters and everything else stay as they are; only the forwards of known
+    blocks are replaced, and `restore` puts them back. Called again, it switches to the new settings. What requires a
+    gradient is looked at when a block runs, as are adapters, hooks and masks: a block that cannot be served then runs its
+    own forward, and `report` says why.
+
+    Args:
+        module: a UNet2DConditionModel, UNet2DModel or AutoencoderKL, which DistributedDataParallel, torch.compile,
+            accelerate or PEFT may have wrapped.
+        recompute: what the backward makes again: "none", what takes no matrix product and no convolution; "ff", also
+            the feed-forwards' projections; "qkv", also queries, keys and values; "block", all but the blocks' inputs;
+            "auto", layer by layer what is cheapest, until `memory_budget` holds.
+        backend: "auto", or the name of one for all ops that have it, such as "reference".
+        memory_budget: bytes, or a text such as "264MiB", that one forward of the whole batch may keep, for "auto".
+
+    Returns: module.
+    Raises:
+        ValueError: for a module or settings it does not know, and for weights on several devices.
+        RuntimeError: where `backend` cannot serve on the module's device, with its reasons.
+    """
+    model = _unwrapped(module)
+    if recompute not in (*levels.LEVELS, "auto"):
+        known = ", ".join(repr(level) for level in (*levels.LEVELS, "auto"))
+        raise ValueError(f"recompute={recompute!r} is unknown; choose one of {known}.")
+    if (recompute == "auto") != (memory_budget is not None):
+        raise ValueError(
+            f"recompute={recompute!r} with memory_budget={memory_budget!r}: "
+            'give memory_budget, such as "8GiB", with recompute="auto", and only then.'
+        )
+    budget = None if memory_budget is None else Budget(model, bytes_of(memory_budget))
+    serving = Serving(recompute, _backends(model, backend), budget=budget)
+    restore(model)
+    for name, block, forward in _blocks(model):
         if "forward" not in block.__dict__:
             block.forward = functools.partial(forward, block, Place(serving, name))
     return module
 
 
 def restore(module: nn.Module) -> nn.Module:
+    """Takes back what `accelerate` did, wherever it did it inside `module`.
+
+    Returns: module.
+    """
     for block in module.modules():
         if modules.is_served(block):
             del block.forward
     return module
 
 
-def _model(module):
-    return module
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What of a model is served.
+
+    Attributes:
+        recompute: the level; None where the model is not accelerated.
+        served: names of the blocks that are.
+        stock: of a block's name, why it runs its own forward, as it stands or in its last call.
+        outside: names of the layers with parameters that belong to no block we know.
+    """
+
+    recompute: str | None
+    served: tuple[str, ...]
+    stock: dict[str, str]
+    outside: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"recompute: {self.recompute or 'not accelerated'}; {len(self.served)} blocks served"]
+        lines += [f"stock: {name}: {reason}" for name, reason in self.stock.items()]
+        lines += [f"outside of known blocks: {', '.join(self.outside)}"] if self.outside else []
+        return "\n".join(lines)
+
+
+def report(module: nn.Module) -> Report:
+    """Which blocks of a model are served, which run their own forward, and why.
+
+    Raises: ValueError for a module that `accelerate` does not know.
+    """
+    model = _unwrapped(module)
+    served, stock, recompute = [], {}, None
+    known: set[nn.Module] = set()
+    for name, block, _ in _blocks(model):
+        known.update(block.modules())
+        if not modules.is_served(block):
+            stock[name] = "it has a forward of its own" if "forward" in block.__dict__ else "not accelerated"
+            continue
+        place = block.forward.args[1]
+        recompute = place.serving.recompute
+        reason = _refusal(block, place) or place.serving.refusals.get(name)
+        if reason is None:
+            served.append(name)
+        else:
+            stock[name] = reason
+    outside = tuple(
+        name for name, layer in model.named_modules() if layer not in known and any(True for _ in layer.parameters(False))
+    )
+    return Report(recompute, tuple(served), stock, outside)
+
+
+def _refusal(block: nn.Module, place: Place) -> str | None:
+    """Why the block cannot be served as it stands."""
+    if isinstance(block, nn.SiLU):
+        return None
+    try:
+        if isinstance(block, UpBlock2D | AttnUpBlock2D | CrossAttnUpBlock2D):
+            up_block.check(block)
+        elif isinstance(block, BasicTransformerBlock):
+            b = place.builder()
+            transformer.write_block(b, block, 0, True)
+        elif modules.base_of(block).__class__ is nn.Conv2d:
+            modules.convolution(block, served=True)
+        else:
+            layers.write(place.builder(), (block,), ("hidden_states",), layers.embedded(block), True)
+    except Unserved as reason:
+        return str(reason)
+    return None
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """The model under what may be wrapped around it."""
+    model = extract_model_from_parallel(module) if isinstance(module, nn.Module) else module
+    if isinstance(model, PeftModel):
+        model = model.get_base_model()
+    if not isinstance(model, _MODELS):
+        kinds = ", ".join(kind.__name__ for kind in _MODELS)
+        raise ValueError(
+            f"module is a {type(model).__name__}; rftcore.accelerate serves {kinds}. "
+            "Of a pipeline, give it pipeline.unet and pipeline.vae."
+        )
+    devices = sorted({str(p.device) for p in model.parameters()})
+    if len(devices) > 1:
+        raise ValueError(
+            f"module has weights on {', '.join(devices)}; they must be on one device. Move it: module.to({devices[0]!r}), "
+            "and without offloading or a device map."
+        )
+    return model
+
+
+def _backends(model: nn.Module, backend: str) -> dict[str, str]:
+    """Of an op's name, the backend asked for."""
+    if backend == "auto":
+        return {}
+    chosen = [name for name in _OPS if backend in OPS[name].not_supported_reasons]
+    if not chosen:
+        known = sorted({b for name in _OPS for b in OPS[name].not_supported_reasons})
+        raise ValueError(f"backend={backend!r} is unknown; choose one of 'auto', {', '.join(map(repr, known))}.")
+    weight = next(model.parameters())
+    with torch.no_grad():
+        for name in chosen:
+            OPS[name].choose(backend, *(t[:1, :1] for t in OPS[name].example(weight.device, weight.dtype)))
+    return dict.fromkeys(chosen, backend)
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, Callable]]:
-    """Name, block and served forward of everything that can be served."""
+    """Name, block and our forward, of everything that we know."""
     for name, block in model.named_modules():
         last = name.rpartition(".")[2]
         if type(block) in _FORWARDS:

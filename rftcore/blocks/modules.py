@@ -43,6 +43,11 @@ def check_global_hooks() -> None:
         raise Unserved("hooks for all modules are registered (torch.nn.modules.module)")
 
 
+def base_of(layer: nn.Module) -> nn.Module:
+    """The layer that PEFT wrapped, or the layer itself."""
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+
+
 def is_served(module: nn.Module) -> bool:
     """Whether our forward is in place of the module's own."""
     forward = module.__dict__.get("forward")

@@ -7,6 +7,7 @@ from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 
 from rftcore.blocks import kinds
+from rftcore.blocks.builder import Builder
 from rftcore.blocks.modules import Unserved
 from rftcore.blocks.serving import Place, check_call, opaque
 
@@ -15,12 +16,9 @@ from rftcore.blocks.serving import Place, check_call, opaque
 def forward_down(block: Downsample2D, place: Place, hidden_states: Tensor, *args, **kwargs):
     """In place of Downsample2D.forward."""
     try:
-        _check(block, hidden_states, args, kwargs)
+        _check(hidden_states, args, kwargs)
         b = place.builder("hidden_states")
-        x = "hidden_states"
-        if block.padding == 0:
-            x = b.step(kinds.Padding(), [x], ["padded"])
-        b.convolution("y", x, block.conv)
+        write_down(b, block)
         return place.run(b, [hidden_states])
     except Unserved as reason:
         return place.stock(block, reason, hidden_states, *args, **kwargs)
@@ -32,23 +30,40 @@ def forward_up(
 ):
     """In place of Upsample2D.forward."""
     try:
-        _check(block, hidden_states, args, kwargs)
-        if block.use_conv_transpose or not block.interpolate:
-            raise Unserved("it does not interpolate")
+        _check(hidden_states, args, kwargs)
         b = place.builder("hidden_states")
-        size = None if output_size is None else tuple(output_size)
-        x = b.step(kinds.Upsampling(size), ["hidden_states"], ["upsampled"])
-        b.convolution("y", x, block.conv if block.name == "conv" else block.Conv2d_0)
+        write_up(b, block, None if output_size is None else tuple(output_size))
         return place.run(b, [hidden_states])
     except Unserved as reason:
         return place.stock(block, reason, hidden_states, output_size, *args, **kwargs)
 
 
-def _check(block, hidden_states, args, kwargs):
-    if args or kwargs:
-        raise Unserved("it was called with further arguments")
+def write_down(b: Builder, block: Downsample2D) -> None:
+    """Writes the block's steps. Raises: Unserved."""
+    _check_build(block)
+    x = "hidden_states"
+    if block.padding == 0:
+        x = b.step(kinds.Padding(), [x], ["padded"])
+    b.convolution("y", x, block.conv)
+
+
+def write_up(b: Builder, block: Upsample2D, size: tuple[int, int] | None) -> None:
+    """Writes the block's steps; size as `kinds.Upsampling` has it. Raises: Unserved."""
+    _check_build(block)
+    if block.use_conv_transpose or not block.interpolate:
+        raise Unserved("it does not interpolate")
+    x = b.step(kinds.Upsampling(size), ["hidden_states"], ["upsampled"])
+    b.convolution("y", x, block.conv if block.name == "conv" else block.Conv2d_0)
+
+
+def _check_build(block: Downsample2D | Upsample2D) -> None:
     if block.norm is not None:
         raise Unserved("it has a norm")
     if not block.use_conv:
         raise Unserved("it has no convolution")
+
+
+def _check(hidden_states, args, kwargs):
+    if args or kwargs:
+        raise Unserved("it was called with further arguments")
     check_call(hidden_states)

@@ -69,4 +69,4 @@ def _embedding(b: Builder, block: ResnetBlock2D, embedded: bool) -> tuple[str | 
 
 
 def _names(parts: Sequence[Tensor]) -> tuple[str, ...]:
-    return ("input_tensor",) if len(parts) == 1 else TWO_PARTS
+    return ("hidden_states",) if len(parts) == 1 else TWO_PARTS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,15 @@ from torch import Tensor, nn
 from rftcore.blocks import levels, modules
 from rftcore.blocks.builder import Builder
 from rftcore.blocks.modules import Unserved
-from rftcore.blocks.program import run
-from rftcore.ops import backends
+from rftcore.blocks.program import Program, run
+from rftcore.ops import autocast, backends
 from rftcore.ops.compiled import DTYPES
+
+
+class Chooser(Protocol):
+    """What divides a budget among layers: `budget.Budget`."""
+
+    def drop(self, name: str, program: Program, x: Tensor, lower: torch.dtype | None) -> frozenset[str]: ...
 
 
 @dataclasses.dataclass
@@ -24,11 +31,13 @@ class Serving:
         recompute: a level of `levels`, or "auto".
         backends: of an op's name, the backend asked for.
         refusals: of a block's name, why its last call ran its own forward.
+        budget: chooses what a layer makes again where `recompute` is "auto".
     """
 
     recompute: str
     backends: dict[str, str]
     refusals: dict[str, str] = dataclasses.field(default_factory=dict)
+    budget: Chooser | None = None
 
 
 @dataclasses.dataclass
@@ -50,8 +59,15 @@ class Place:
         program, parameters = builder.program, builder.parameters
         _check(self.name, program.inputs, inputs, parameters)
         self.served()
-        drop = levels.drop(program, self.serving.recompute)
-        return run(program, inputs, parameters, drop)
+        return run(program, inputs, parameters, self._drop(program, inputs))
+
+    def _drop(self, program: Program, inputs: Sequence[Tensor]) -> frozenset[str]:
+        if not torch.is_grad_enabled():
+            return frozenset()
+        if self.serving.budget is not None:
+            lower = autocast.active(inputs[0].device)
+            return self.serving.budget.drop(self.name, program, inputs[0], lower)
+        return levels.drop(program, self.serving.recompute)
 
     def served(self) -> None:
         """Notes that the last call was served."""

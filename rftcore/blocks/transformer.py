@@ -63,7 +63,7 @@ def forward_block(
             raise Unserved(f"hidden_states is {tuple(hidden_states.shape)}, not (B, N, C)")
         check_call(hidden_states, encoder_hidden_states)
         b = place.builder("0.h", *_context(encoder_hidden_states))
-        _write_block(b, block, 0, encoder_hidden_states is not None)
+        write_block(b, block, 0, encoder_hidden_states is not None)
     except Unserved as reason:
         return place.stock(
             block, reason, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
@@ -89,15 +89,15 @@ def write(b: Builder, block: Transformer2DModel, x: str, conditioned: bool) -> s
         h = b.step(kinds.ToTokens(), [b.convolution("projected", n, block.proj_in)], ["0.h"])
     for i, inner in enumerate(block.transformer_blocks):
         modules.expect(inner, BasicTransformerBlock, served=True)
-        h = _write_block(b, inner, i, conditioned)
+        h = write_block(b, inner, i, conditioned)
     if block.use_linear_projection:
         p = b.linear(["p"], h, [block.proj_out])
         return b.step(kinds.ToImage(residual=True), [p, x], ["y"])
     return b.convolution("y", b.step(kinds.ToImage(), [h, x], ["p"]), block.proj_out, x)
 
 
-def _write_block(b: Builder, block: BasicTransformerBlock, i: int, conditioned: bool) -> str:
-    """From the value "i.h" (B, N, C) to "i+1.h"."""
+def write_block(b: Builder, block: BasicTransformerBlock, i: int, conditioned: bool) -> str:
+    """Writes the i-th block's steps, from the value "i.h" (B, N, C) to "i+1.h", whose name it returns. Raises: Unserved."""
     if block.norm_type != "layer_norm" or block.pos_embed is not None:
         raise Unserved(f"norm_type={block.norm_type!r} or a positional embedding")
     if block.only_cross_attention or block._chunk_size is not None:

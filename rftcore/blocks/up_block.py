@@ -28,9 +28,8 @@ def forward(
     try:
         if args or kwargs:
             raise Unserved("it was called with further arguments")
-        if getattr(block, "upsample_type", "conv") == "resnet":
-            raise Unserved("it upsamples by a ResNet")
-        _check(block, hidden_states, res_hidden_states_tuple, temb)
+        check(block)
+        check_call(hidden_states, *res_hidden_states_tuple, temb)
     except Unserved as reason:
         return place.stock(block, reason, hidden_states, res_hidden_states_tuple, temb, upsample_size, *args, **kwargs)
     place.served()
@@ -60,7 +59,8 @@ def forward_cross_attention(
 ):
     """In place of CrossAttnUpBlock2D.forward."""
     try:
-        _check(block, hidden_states, res_hidden_states_tuple, temb)
+        check(block)
+        check_call(hidden_states, *res_hidden_states_tuple, temb)
     except Unserved as reason:
         return place.stock(
             block, reason, hidden_states, res_hidden_states_tuple, temb, encoder_hidden_states,
@@ -86,16 +86,17 @@ def forward_cross_attention(
     return hidden_states
 
 
-def _check(block: nn.Module, hidden_states: Tensor, skips: tuple[Tensor, ...], temb: Tensor | None) -> None:
+def check(block: nn.Module) -> None:
     """Raises: Unserved, also where a ResNet would be: then the block runs as it is, and its layers each for themselves."""
     if all(getattr(block, name, None) for name in ("s1", "s2", "b1", "b2")):
         raise Unserved("FreeU is on")
     if getattr(block, "gradient_checkpointing", False) and is_grad_enabled():
         raise Unserved("gradient checkpointing is on")
+    if getattr(block, "upsample_type", "conv") == "resnet":
+        raise Unserved("it upsamples by a ResNet")
     for inner in block.resnets:
         modules.expect(inner, ResnetBlock2D, served=True)
-        resnet.write(_place(inner).builder(*resnet.TWO_PARTS), inner, resnet.TWO_PARTS, temb is not None)
-    check_call(hidden_states, *skips, temb)
+        resnet.write(_place(inner).builder(), inner, resnet.TWO_PARTS, inner.time_emb_proj is not None)
 
 
 def _layer(inner: ResnetBlock2D, attention: Transformer2DModel, parts, temb, encoder_hidden_states) -> Tensor:

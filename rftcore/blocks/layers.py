@@ -1,0 +1,176 @@
+"""The layers of a model as programs of known shapes, without a forward: what a budget is divided among."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+from rftcore.blocks import attention, modules, resampling, resnet, transformer
+from rftcore.blocks.builder import Builder
+from rftcore.blocks.modules import Unserved
+from rftcore.blocks.program import Program
+
+# How many text tokens a layer is taken to attend to: a ResNet's share of a budget cannot depend on the real number.
+TEXT_TOKENS = 77
+
+
+class Layer(NamedTuple):
+    """A program and its tensors, on the meta device.
+
+    Attributes:
+        name: of its place in the model.
+        shared: names of inputs that are kept by other layers anyway.
+    """
+
+    name: str
+    program: Program
+    inputs: tuple[Tensor, ...]
+    parameters: tuple[Tensor | None, ...]
+    shared: frozenset[str]
+
+
+class _Site(NamedTuple):
+    """Where a program runs.
+
+    Attributes:
+        blocks: one block, or a ResNet and the transformer after it.
+        channels: of its input, or of the two parts of that.
+        scale: how often its input was halved since the model's; negative where it was doubled.
+        skip_is_shared: whether the second part is the input of another layer, too.
+    """
+
+    blocks: tuple[nn.Module, ...]
+    channels: tuple[int, ...]
+    scale: int
+    skip_is_shared: bool = True
+
+
+def layers(model: nn.Module, batch: int, height: int, width: int, dtype: torch.dtype) -> Iterator[Layer]:
+    """What runs when the model is called on (batch, ..., height, width): on latents, for an autoencoder's decoder.
+
+    Layers that cannot be served are left out.
+    """
+    for site in _sites(model):
+        try:
+            yield _layer(site, batch, height, width, dtype)
+        except Unserved:
+            continue
+
+
+def scales(model: nn.Module) -> dict[str, int]:
+    """How often the input of each layer was halved since the model's, by the layer's name."""
+    return {site.blocks[-1].forward.args[1].name: site.scale for site in _sites(model) if _is_served(site)}
+
+
+def _sites(model: nn.Module) -> Iterator[_Site]:
+    if isinstance(model, AutoencoderKL):
+        yield from _stage_sites(model.decoder.mid_block, 0)
+        for i, block in enumerate(model.decoder.up_blocks):
+            yield from _stage_sites(block, -i)
+        yield _Site((model.decoder.conv_norm_out,), (model.decoder.conv_norm_out.num_channels,), -i)
+        return
+    skips = [(modules.base_of(model.conv_in).out_channels, True)]
+    for scale, block in enumerate(model.down_blocks):
+        yield from _stage_sites(block, scale)
+        downsamplers = getattr(block, "downsamplers", None) or ()
+        # The last layer's output goes nowhere else, where a convolution that keeps nothing follows.
+        skips += [(inner.out_channels, True) for inner in block.resnets[:-1]]
+        skips.append((block.resnets[-1].out_channels, not downsamplers))
+        skips += [(block.resnets[-1].out_channels, True) for _ in downsamplers]
+    yield from _stage_sites(model.mid_block, len(model.down_blocks) - 1)
+    for i, block in enumerate(model.up_blocks):
+        yield from _stage_sites(block, len(model.down_blocks) - 1 - i, skips)
+    yield _Site((model.conv_norm_out,), (model.conv_norm_out.num_channels,), 0)
+
+
+def _stage_sites(stage: nn.Module, scale: int, skips: list[tuple[int, bool]] | None = None) -> Iterator[_Site]:
+    """The sites of a down-block, the middle or an up-block; `skips`, where it takes them, from their end."""
+    attentions = [a for a in getattr(stage, "attentions", None) or () if a is not None]
+    # The middle begins with a ResNet more.
+    before = len(stage.resnets) - len(attentions) if attentions else 0
+    for inner, following in itertools.zip_longest(stage.resnets, [None] * before + attentions):
+        if before and following is not None:
+            yield _Site((following,), (inner.in_channels,), scale)
+            following = None
+        channels, shared = (inner.in_channels,), True
+        if skips is not None:
+            skip, shared = skips.pop()
+            channels = (inner.in_channels - skip, skip)
+        joined = isinstance(stage, CrossAttnUpBlock2D) and following is not None
+        yield _Site((inner, following) if joined else (inner,), channels, scale, shared)
+        if following is not None and not joined:
+            yield _Site((following,), (inner.out_channels,), scale)
+    for resampler in (*(getattr(stage, "downsamplers", None) or ()), *(getattr(stage, "upsamplers", None) or ())):
+        yield _Site((resampler,), (resampler.channels,), scale)
+
+
+def _is_served(site: _Site) -> bool:
+    return all(modules.is_served(block) for block in site.blocks)
+
+
+def _layer(site: _Site, batch: int, height: int, width: int, dtype: torch.dtype) -> Layer:
+    """Raises: Unserved."""
+    if not _is_served(site):
+        raise Unserved("not served")
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    pixels = [-(-size // 2**site.scale) if site.scale > 0 else size * 2**-site.scale for size in (height, width)]
+    images = [empty(batch, channels, *pixels) for channels in site.channels]
+    place = site.blocks[-1].forward.args[1]
+    first, last = site.blocks[0], site.blocks[-1]
+    parts = resnet.TWO_PARTS if len(images) == 2 else ("hidden_states",)
+    inputs = dict(zip(parts, images, strict=True))
+    if embedded(first):
+        inputs["temb"] = empty(batch, modules.base_of(first.time_emb_proj).in_features)
+    cross = last.transformer_blocks[0].attn2 if isinstance(last, Transformer2DModel) else None
+    if cross is not None:
+        inputs["encoder_hidden_states"] = empty(batch, TEXT_TOKENS, modules.base_of(cross.to_k).in_features)
+    b = place.builder(*inputs)
+    write(b, site.blocks, parts, embedded(first), cross is not None)
+    shared = {"temb", "encoder_hidden_states", *([resnet.TWO_PARTS[1]] if site.skip_is_shared else [])}
+    parameters = tuple(
+        None if p is None else torch.empty_like(p, device="meta").requires_grad_(p.requires_grad) for p in b.parameters
+    )
+    return Layer(place.name, b.program, tuple(inputs.values()), parameters, frozenset(shared))
+
+
+def embedded(block: nn.Module) -> bool:
+    """Whether the block takes a time embedding."""
+    return isinstance(block, ResnetBlock2D) and block.time_emb_proj is not None
+
+
+def write(b: Builder, blocks: Sequence[nn.Module], parts: tuple[str, ...], embedded: bool, conditioned: bool) -> None:
+    """Writes the steps of these blocks, one after the other, for the parts of the first one's input.
+
+    Args:
+        embedded, conditioned: whether the program has the inputs "temb" and "encoder_hidden_states".
+
+    Raises: Unserved.
+    """
+    x = parts[0]
+    for block in blocks:
+        if isinstance(block, ResnetBlock2D):
+            x = resnet.write(b, block, parts, embedded)
+        elif isinstance(block, Transformer2DModel):
+            transformer.write(b, block, x, conditioned)
+        elif isinstance(block, Attention):
+            attention.write_image(b, block)
+        elif isinstance(block, Downsample2D):
+            resampling.write_down(b, block)
+        elif isinstance(block, Upsample2D):
+            resampling.write_up(b, block, None)
+        else:
+            b.group_norm("y", x, block, silu=True, own=True)
