@@ -90,9 +90,8 @@ def check_call(*tensors: Tensor | None) -> None:
 
 
 def opaque(forward):
-    """Marks a served forward as one that torch.compile calls and does not trace: the graph breaks around the block."""
-    forward._torchdynamo_disable = True
-    return forward
+    """A forward that torch.compile calls and does not trace: its graph breaks around the block, which stays exact."""
+    return torch.compiler.disable(forward, reason="rftcore serves this block; rftcore.restore(module) gives it back")
 
 
 def _check(name: str, names: Sequence[str], inputs: Sequence[Tensor], parameters: Sequence[Tensor | None]) -> None:
