@@ -3,10 +3,10 @@
 import copy
 import sys
 
-import conftest
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from diffusers import DDIMScheduler
+from models import UNETS, add_lora
 from torch.distributed.fsdp import fully_shard
 
 import rftcore
@@ -17,7 +17,7 @@ BATCH, STEPS = 4, 3
 def problem():
     """(unet, prompts, negatives, noise) of the whole batch, the same on every rank."""
     torch.manual_seed(0)
-    unet = conftest.add_lora(conftest._UNETS["sd1"]().double().eval())
+    unet = add_lora(UNETS["sd1"]().double().eval())
     prompts, negatives = (torch.randn(BATCH, 5, 12, dtype=torch.float64) for _ in range(2))
     return unet, prompts, negatives, torch.randn(BATCH, 4, 8, 8, dtype=torch.float64)
 

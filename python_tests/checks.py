@@ -1,4 +1,4 @@
-"""What the tests of every op share."""
+"""How the tests compare: relative errors, layouts, what is saved."""
 
 import math
 
