@@ -93,6 +93,9 @@ def restore(module: nn.Module) -> nn.Module:
     for block in module.modules():
         if modules.is_served(block):
             del block.forward
+        # What a hook of the library accelerate has put aside, and calls.
+        if modules.is_ours(block.__dict__.get("_old_forward")):
+            block._old_forward = functools.partial(type(block).forward, block)
     return module
 
 

@@ -50,7 +50,11 @@ def base_of(layer: nn.Module) -> nn.Module:
 
 def is_served(module: nn.Module) -> bool:
     """Whether our forward is in place of the module's own."""
-    forward = module.__dict__.get("forward")
+    return is_ours(module.__dict__.get("forward"))
+
+
+def is_ours(forward) -> bool:
+    """Whether this is a forward that `accelerate` put in place."""
     return getattr(getattr(forward, "func", None), "__module__", "").startswith("rftcore.blocks.")
 
 

@@ -70,8 +70,10 @@ class Place:
         return levels.drop(program, self.serving.recompute)
 
     def served(self) -> None:
-        """Notes that the last call was served."""
-        self.serving.refusals.pop(self.name, None)
+        """Notes that the last call was served, and with it the blocks inside."""
+        refusals = self.serving.refusals
+        for name in [name for name in refusals if name == self.name or name.startswith(f"{self.name}.")]:
+            del refusals[name]
 
     def stock(self, block: nn.Module, reason: Unserved, *args, **kwargs):
         """The block's own forward, with the reason kept for the report."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, CrossAttnUpBlock2D, UpBlock2D
@@ -35,7 +36,7 @@ def forward(
     place.served()
     for i, inner in enumerate(block.resnets):
         parts = hidden_states, res_hidden_states_tuple[-1 - i]
-        hidden_states = resnet.forward_parts(inner, _place(inner), parts, temb)
+        hidden_states = _resnet(inner, parts, temb)
         if attentions is not None:
             hidden_states = attentions[i](hidden_states)
     for upsampler in block.upsamplers or ():
@@ -74,7 +75,7 @@ def forward_cross_attention(
             hidden_states = _layer(inner, attention, parts, temb, encoder_hidden_states)
         except Unserved:
             hidden_states = attention(
-                resnet.forward_parts(inner, _place(inner), parts, temb),
+                _resnet(inner, parts, temb),
                 encoder_hidden_states=encoder_hidden_states,
                 cross_attention_kwargs=cross_attention_kwargs,
                 attention_mask=attention_mask,
@@ -97,6 +98,14 @@ def check(block: nn.Module) -> None:
     for inner in block.resnets:
         modules.expect(inner, ResnetBlock2D, served=True)
         resnet.write(_place(inner).builder(), inner, resnet.TWO_PARTS, inner.time_emb_proj is not None)
+
+
+def _resnet(inner: ResnetBlock2D, parts, temb) -> Tensor:
+    """A ResNet by itself; as it is, where a hook of the layer before it returned what cannot be served."""
+    try:
+        return resnet.forward_parts(inner, _place(inner), parts, temb)
+    except Unserved:
+        return inner(torch.cat(parts, dim=1), temb)
 
 
 def _layer(inner: ResnetBlock2D, attention: Transformer2DModel, parts, temb, encoder_hidden_states) -> Tensor:
