@@ -142,7 +142,8 @@ def _layer(site: _Site, batch: int, height: int, width: int, dtype: torch.dtype)
     write(b, site.blocks, parts, embedded(first), cross is not None)
     shared = {"temb", "encoder_hidden_states", *([resnet.TWO_PARTS[1]] if site.skip_is_shared else [])}
     parameters = tuple(
-        None if p is None else torch.empty_like(p, device="meta").requires_grad_(p.requires_grad) for p in b.parameters
+        None if p is None else torch.empty(p.shape, dtype=p.dtype, device="meta", requires_grad=p.requires_grad)
+        for p in b.parameters
     )
     return Layer(place.name, b.program, tuple(inputs.values()), parameters, frozenset(shared))
 

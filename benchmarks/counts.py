@@ -1,0 +1,41 @@
+"""Exact counts of what a model computes: calls that launch something, and FLOPs. On any device, fake tensors included."""
+
+from __future__ import annotations
+
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+class Counts(TorchDispatchMode):
+    """Counts the calls inside the block that do something (ATen's and our own ops', no views), and their FLOPs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        self.flops = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        output = function(*args, **(kwargs or {}))
+        self.calls += _launches(function)
+        self.flops += _flops(function, args, kwargs or {}, output)
+        return output
+
+
+# Allocations, questions and views that no schema tells from the rest.
+_FREE = ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::detach", "aten::promote_types", "prim::device")
+
+
+def _launches(function) -> bool:
+    schema = function._schema
+    views = (r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
+    return not any(views) and not schema.name.startswith(_FREE)
+
+
+def _flops(function, args, kwargs, output) -> int:
+    name = function._schema.name
+    if "flash_attention_for_cpu" in name:  # without a formula in PyTorch's registry
+        products, (q, k) = (5, args[1:3]) if "backward" in name else (2, args[:2])
+        batch, heads, rows, width = q.shape
+        return products * 2 * batch * heads * rows * k.shape[2] * width
+    formula = flop_registry.get(function._overloadpacket)
+    return formula(*args, **kwargs, out_val=output) if formula else 0
