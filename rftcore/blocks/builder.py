@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from rftcore.blocks import kinds, modules
+from rftcore.blocks.dropout import DroppedAdapter
+from rftcore.blocks.modules import Dropped
 from rftcore.blocks.program import Program, Step
-from rftcore.ops import Projection
+from rftcore.ops import Geometry, Projection
 from rftcore.ops.lora_linear import flatten
 
 
@@ -59,15 +61,29 @@ class Builder:
 
     def linear(self, names: Sequence[str], n: str, layers: Sequence[nn.Module], residual: str | None = None) -> str:
         """Projections of one n; a residual is added to a single one's output."""
-        projections = [modules.linear(layer) for layer in layers]
-        kind = kinds.Linear(tuple(_scales(p) for p in projections), residual is not None)
-        return self.step(kind, [n] if residual is None else [n, residual], names, flatten(projections))
+        read = [modules.linear(layer) for layer in layers]
+        kind = kinds.Linear(tuple(_scales(p) for p, _ in read), residual is not None)
+        outputs = [name if not dropped else f"{name}.undropped" for name, (_, dropped) in zip(names, read, strict=True)]
+        self.step(kind, [n] if residual is None else [n, residual], outputs, flatten(p for p, _ in read))
+        for name, output, (_, dropped) in zip(names, outputs, read, strict=True):
+            self._add_dropped(name, n, output, dropped, None)
+        return names[0]
 
     def convolution(self, name: str, x: str, layer: nn.Module, residual: str | None = None, own=False) -> str:
         """`own`: the layer is the block."""
-        projection, geometry = modules.convolution(layer, own)
+        projection, geometry, dropped = modules.convolution(layer, own)
         kind = kinds.Convolution(geometry, _scales(projection), residual is not None)
-        return self.step(kind, [x] if residual is None else [x, residual], [name], flatten([projection]))
+        output = name if not dropped else f"{name}.undropped"
+        self.step(kind, [x] if residual is None else [x, residual], [output], flatten([projection]))
+        self._add_dropped(name, x, output, dropped, geometry)
+        return name
+
+    def _add_dropped(self, name: str, n: str, y: str, dropped: Sequence[Dropped], geometry: Geometry | None) -> None:
+        """Adds to y, until it is `name`, what adapters with dropout make of n."""
+        for i, (p, adapter) in enumerate(dropped):
+            output = name if i + 1 == len(dropped) else f"{name}.dropped{i}"
+            kind = DroppedAdapter(p, adapter.scale, geometry)
+            y = self.step(kind, [n, y], [output], [adapter.a, adapter.b])
 
     def attention(self, name: str, q: str, k: str, v: str, heads: int, scale: float) -> str:
         kind = kinds.Attention(heads, scale, self._backend("attention"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from peft.tuners import lora
@@ -74,23 +75,30 @@ def norm_parameters(norm: nn.GroupNorm | nn.LayerNorm) -> tuple[Tensor | None, T
     return _tensor(norm, "weight"), _tensor(norm, "bias")
 
 
-def linear(module: nn.Module) -> Projection:
+class Dropped(NamedTuple):
+    """An adapter whose input is dropped out with probability p."""
+
+    p: float
+    adapter: Adapter
+
+
+def linear(module: nn.Module) -> tuple[Projection, tuple[Dropped, ...]]:
     """A linear layer, plain or adapted by PEFT. Raises: Unserved."""
-    base, adapters = _base_and_adapters(module, nn.Linear, lora.Linear)
-    return Projection(_tensor(base, "weight"), _tensor(base, "bias"), adapters)
+    base, adapters, dropped = _base_and_adapters(module, nn.Linear, lora.Linear)
+    return Projection(_tensor(base, "weight"), _tensor(base, "bias"), adapters), dropped
 
 
-def convolution(module: nn.Module, served: bool = False) -> tuple[Projection, Geometry]:
+def convolution(module: nn.Module, served: bool = False) -> tuple[Projection, Geometry, tuple[Dropped, ...]]:
     """A 2-d convolution, plain or adapted by PEFT; `served` as in `check_hooks`. Raises: Unserved."""
-    base, adapters = _base_and_adapters(module, nn.Conv2d, lora.Conv2d, served)
+    base, adapters, dropped = _base_and_adapters(module, nn.Conv2d, lora.Conv2d, served)
     if base.padding_mode != "zeros":
         raise Unserved(f"a convolution pads with {base.padding_mode!r}")
     if isinstance(base.padding, str):
         raise Unserved(f"a convolution has padding={base.padding!r}")
     geometry = Geometry(base.stride, base.padding, base.dilation, base.groups)
-    if adapters and base.dilation != (1, 1):
+    if (adapters or dropped) and base.dilation != (1, 1):
         raise Unserved(f"an adapted convolution has dilation={base.dilation}")
-    return Projection(_tensor(base, "weight"), _tensor(base, "bias"), adapters), geometry
+    return Projection(_tensor(base, "weight"), _tensor(base, "bias"), adapters), geometry, dropped
 
 
 def inactive_dropout(module: nn.Module) -> None:
@@ -115,20 +123,25 @@ def _tensor(module: nn.Module, name: str) -> Tensor | None:
     return tensor
 
 
-def _base_and_adapters(module, plain: type, adapted: type, served=False) -> tuple[nn.Module, tuple[Adapter, ...]]:
+def _base_and_adapters(
+    module: nn.Module, plain: type, adapted: type, served: bool = False
+) -> tuple[nn.Module, tuple[Adapter, ...], tuple[Dropped, ...]]:
+    """The base layer, its active adapters, and those of them that drop out."""
     if type(module) is plain:
         check_hooks(module, served)
-        return module, ()
+        return module, (), ()
     if type(module) is not adapted:
         layer = " (an adapter that is not LoRA's)" if isinstance(module, BaseTunerLayer) else ""
         raise Unserved(f"{_kind(module)}{layer} in place of {plain.__name__}")
     check_hooks(module, served)
     # A layer at the model's end that was served before PEFT wrapped it.
     base = expect(module.base_layer, plain, served=served)
-    return base, tuple(_active_adapters(module, plain))
+    active = list(_active_adapters(module, plain))
+    adapters = tuple(adapter for p, adapter in active if p == 0)
+    return base, adapters, tuple(dropped for dropped in active if dropped.p > 0)
 
 
-def _active_adapters(layer: BaseTunerLayer, plain: type) -> Iterable[Adapter]:
+def _active_adapters(layer: BaseTunerLayer, plain: type) -> Iterable[Dropped]:
     """What PEFT's forward adds to the base layer."""
     if layer.disable_adapters:
         if layer.merged:
@@ -149,9 +162,8 @@ def _active_adapters(layer: BaseTunerLayer, plain: type) -> Iterable[Adapter]:
         a, b = expect(layer.lora_A[name], plain), expect(layer.lora_B[name], plain)
         if a.bias is not None or b.bias is not None:
             raise Unserved(f"adapter {name!r} has lora_bias")
-        dropout = layer.lora_dropout[name]
+        dropout, p = layer.lora_dropout[name], 0.0
         if type(dropout) is not nn.Identity:
             expect(dropout, nn.Dropout)
-            if dropout.training and dropout.p > 0:
-                raise Unserved(f"adapter {name!r} drops out with p={dropout.p}")
-        yield Adapter(_tensor(a, "weight"), _tensor(b, "weight"), float(layer.scaling[name]))
+            p = dropout.p if dropout.training else 0.0
+        yield Dropped(p, Adapter(_tensor(a, "weight"), _tensor(b, "weight"), float(layer.scaling[name])))

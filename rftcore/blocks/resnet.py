@@ -45,14 +45,17 @@ def write(b: Builder, block: ResnetBlock2D, parts: Sequence[str], embedded: bool
     modules.expect(block.nonlinearity, nn.SiLU)
     modules.inactive_dropout(block.dropout)
     x = parts[0] if len(parts) == 1 else b.step(kinds.Concatenation(), parts, ["x"])
-    embedding, how = _embedding(b, block, embedded)
-
+    # In the order of ResnetBlock2D.forward, in which adapters with dropout draw.
     n1 = b.group_norm("n1", x, block.norm1, silu=True)
     c1 = b.convolution("c1", n1, block.conv1)
+    embedding, how = _embedding(b, block, embedded)
     n2 = b.group_norm("n2", c1, block.norm2, True, embedding, how)
-    residual = x if block.conv_shortcut is None else b.convolution("shortcut", x, block.conv_shortcut)
-    c2 = b.convolution("c2", n2, block.conv2, residual)
-    return b.quotient("resnet", c2, block.output_scale_factor)
+    if block.conv_shortcut is None:
+        y = b.convolution("y", n2, block.conv2, residual=x)
+    else:
+        c2 = b.convolution("c2", n2, block.conv2)
+        y = b.convolution("y", x, block.conv_shortcut, residual=c2)
+    return b.quotient("resnet", y, block.output_scale_factor)
 
 
 def _embedding(b: Builder, block: ResnetBlock2D, embedded: bool) -> tuple[str | None, str | None]:
