@@ -35,7 +35,7 @@ def write_image(b: Builder, block: Attention) -> None:
     b.linear(["q", "k", "v"], n, [block.to_q, block.to_k, block.to_v])
     o = b.attention("o", "q", "k", "v", block.heads, scale(block))
     y = b.linear(["p"], o, [block.to_out[0]])
-    y = b.step(kinds.ToImage(block.residual_connection), [y, "hidden_states"], ["image"])
+    y = b.step(kinds.ToImage(contiguous=False, residual=block.residual_connection), [y, "hidden_states"], ["image"])
     b.quotient("y", y, block.rescale_output_factor)
 
 

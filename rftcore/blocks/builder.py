@@ -62,7 +62,8 @@ class Builder:
     def linear(self, names: Sequence[str], n: str, layers: Sequence[nn.Module], residual: str | None = None) -> str:
         """Projections of one n; a residual is added to a single one's output."""
         read = [modules.linear(layer) for layer in layers]
-        kind = kinds.Linear(tuple(_scales(p) for p, _ in read), residual is not None)
+        counts = tuple(len(p.adapters) for p, _ in read)
+        kind = kinds.Linear(counts, tuple(_scales(p) for p, _ in read), residual is not None)
         outputs = [name if not dropped else f"{name}.undropped" for name, (_, dropped) in zip(names, read, strict=True)]
         self.step(kind, [n] if residual is None else [n, residual], outputs, flatten(p for p, _ in read))
         for name, output, (_, dropped) in zip(names, outputs, read, strict=True):
@@ -72,7 +73,7 @@ class Builder:
     def convolution(self, name: str, x: str, layer: nn.Module, residual: str | None = None, own=False) -> str:
         """`own`: the layer is the block."""
         projection, geometry, dropped = modules.convolution(layer, own)
-        kind = kinds.Convolution(geometry, _scales(projection), residual is not None)
+        kind = kinds.Convolution(geometry, len(projection.adapters), _scales(projection), residual is not None)
         output = name if not dropped else f"{name}.undropped"
         self.step(kind, [x] if residual is None else [x, residual], [output], flatten([projection]))
         self._add_dropped(name, x, output, dropped, geometry)

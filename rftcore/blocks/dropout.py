@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -26,7 +26,7 @@ class DroppedAdapter:
 
     cheap: ClassVar[bool] = False
     p: float
-    scale: float
+    scale: float = field(compare=False)
     geometry: Geometry | None = None
 
     def reads(self, needs):
@@ -71,7 +71,7 @@ class DroppedAdapter:
             if needs_b:
                 grad_b = conv2d_weight(self._shrink(dropped, a), b.shape, g, *pointwise) * self.scale
         found = (None if t is None else t.to(p.dtype) for t, p in zip((grad_a, grad_b), parameters, strict=True))
-        return [None if grad_n is None else grad_n.to(grad.dtype), grad if needs_y else None, *found]
+        return [grad_n, grad if needs_y else None, *found]
 
     def _geometries(self) -> tuple[Geometry, Geometry]:
         """Of the convolutions by a and by b."""

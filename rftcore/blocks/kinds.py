@@ -1,15 +1,19 @@
-"""The kinds of steps that blocks are made of: each an op, forward and backward without autograd."""
+"""The kinds of steps that blocks are made of: each an op, forward and backward without autograd.
+
+What does not bear on which values are kept, such as an adapter's scale or a backend, is left out of comparisons: a plan
+made for one scale serves all.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rftcore.ops.attention import kernel_of, run_backward, run_forward
+from rftcore.ops.attention import check, kernel_of, run_backward, run_forward
 from rftcore.ops.autocast import lowered
 from rftcore.ops.frozen_conv2d import Geometry, memory_format_of
 from rftcore.ops.geglu import OP as GEGLU_OP
@@ -29,7 +33,7 @@ class GroupNorm:
     eps: float
     silu: bool
     embedding: str | None = None  # None, "add" or "scale_shift"
-    backend: str = "auto"
+    backend: str = field(default="auto", compare=False)
 
     def reads(self, needs):
         return range(1 if self.embedding is None else 2), (), True
@@ -86,7 +90,8 @@ class Linear:
     """n (..., in) and, of a single projection, optionally a residual (..., out). Parameters of the projections."""
 
     cheap: ClassVar[bool] = False
-    scales: tuple[tuple[float, ...], ...]
+    adapters: tuple[int, ...]  # of each projection
+    scales: tuple[tuple[float, ...], ...] = field(compare=False)
     residual: bool = False
 
     def reads(self, needs):
@@ -119,7 +124,8 @@ class Convolution:
 
     cheap: ClassVar[bool] = False
     geometry: Geometry
-    scales: tuple[float, ...] = ()
+    adapters: int
+    scales: tuple[float, ...] = field(compare=False)
     residual: bool = False
 
     def reads(self, needs):
@@ -149,7 +155,7 @@ class Attention:
     cheap: ClassVar[bool] = False
     heads: int
     scale: float
-    backend: str = "auto"
+    backend: str = field(default="auto", compare=False)
 
     def reads(self, needs):
         return (0, 1, 2), (0,), True
@@ -160,6 +166,7 @@ class Attention:
     def forward(self, inputs, parameters, lower, state=None):
         dtype = inputs[0].dtype if lower is None else lowered(inputs[0], lower)
         q, k, v = (self._split(t.to(dtype)) for t in inputs)
+        check(q, k, v)
         backend = state or kernel_of(self.backend, q, k, v)
         o, lse = run_forward(backend, q, k, v, self.scale)
         return (o.transpose(1, 2).flatten(2),), (lse,), backend
@@ -178,7 +185,7 @@ class GEGLU:
     """u (..., 2D): hidden states, then gate."""
 
     cheap: ClassVar[bool] = True
-    backend: str = "auto"
+    backend: str = field(default="auto", compare=False)
 
     def reads(self, needs):
         return (0,), (), False
@@ -204,7 +211,7 @@ class SiLU:
         return (F.silu(inputs[0]),), (), None
 
     def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower):
-        return [torch.ops.aten.silu_backward(grads[0].to(inputs[0].dtype), inputs[0])]
+        return [torch.ops.aten.silu_backward(grads[0], inputs[0])]
 
 
 @dataclass(frozen=True)
@@ -217,11 +224,11 @@ class Concatenation:
         return (), (), False
 
     def forward(self, inputs, parameters, lower, state=None):
-        return (torch.cat(inputs, dim=1),), (), [(t.shape[1], t.dtype) for t in inputs]
+        return (torch.cat(inputs, dim=1),), (), [t.shape[1] for t in inputs]
 
     def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower):
-        parts = grads[0].split([channels for channels, _ in state], dim=1)
-        return [part.to(dtype) if need else None for part, (_, dtype), need in zip(parts, state, needs, strict=True)]
+        parts = grads[0].split(state, dim=1)
+        return [part if need else None for part, need in zip(parts, needs, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -235,22 +242,25 @@ class ToTokens:
 
     def forward(self, inputs, parameters, lower, state=None):
         x = inputs[0]
-        return (x.permute(0, 2, 3, 1).flatten(1, 2),), (), (x.shape[2:], x.dtype)
+        return (x.permute(0, 2, 3, 1).flatten(1, 2),), (), x.shape[2:]
 
     def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower):
-        size, dtype = state
-        return [grads[0].to(dtype).unflatten(1, size).permute(0, 3, 1, 2)]
+        return [grads[0].unflatten(1, state).permute(0, 3, 1, 2)]
 
 
 @dataclass(frozen=True)
 class ToImage:
-    """Tokens (N, H W, C) and an image (N, any, H, W) -> (N, C, H, W), in the memory format of that image.
+    """Tokens (N, H W, C) and an image (N, any, H, W) -> (N, C, H, W).
 
-    With `residual` the image is added.
+    Attributes:
+        contiguous: whether it is laid out anew, as Transformer2DModel does, but for a channels_last image; a view of
+            the tokens is channels_last.
+        residual: whether the image is added.
     """
 
     cheap: ClassVar[bool] = True
-    residual: bool = False
+    contiguous: bool
+    residual: bool
 
     def reads(self, needs):
         return (), (), False
@@ -258,18 +268,17 @@ class ToImage:
     def forward(self, inputs, parameters, lower, state=None):
         tokens, image = inputs
         y = tokens.unflatten(1, image.shape[2:]).permute(0, 3, 1, 2)
+        keep = self.contiguous and not image.is_contiguous(memory_format=torch.channels_last)
         if self.residual:
-            y = image + y  # in the memory format of the first
-        elif not image.is_contiguous(memory_format=torch.channels_last):
-            y = y.contiguous()
-        return (y,), (), (tokens.dtype, image.dtype)
+            # In the memory format of the first.
+            return (image + y if keep else y + image,), (), None
+        return (y.contiguous() if keep else y,), (), None
 
     def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower):
-        tokens, image = state
         needs_tokens, needs_image = needs
         return [
-            grads[0].to(tokens).permute(0, 2, 3, 1).flatten(1, 2) if needs_tokens else None,
-            grads[0].to(image) if needs_image and self.residual else None,
+            grads[0].permute(0, 2, 3, 1).flatten(1, 2) if needs_tokens else None,
+            grads[0] if needs_image and self.residual else None,
         ]
 
 
@@ -278,7 +287,7 @@ class Upsampling:
     """x (N, C, H, W), to `size`, each pixel from its nearest; twice as large where no size is given."""
 
     cheap: ClassVar[bool] = True
-    size: tuple[int, int] | None
+    size: tuple[int, int] | None = field(compare=False)
 
     def reads(self, needs):
         return (), (), False

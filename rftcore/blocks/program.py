@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import collections
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -38,7 +38,10 @@ class Kind(Protocol):
         """Outputs, statistics, and a state without tensors for the backward; given that state, the same once more."""
 
     def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower) -> Sequence[Tensor | None]:
-        """Gradients of inputs and parameters, None where not needed. What `reads` does not name is None here."""
+        """Gradients of inputs and parameters, None where not needed. What `reads` does not name is None here.
+
+        `grads` have the outputs' dtypes; gradients of inputs are cast to theirs by the caller.
+        """
 
 
 class Step(NamedTuple):
@@ -86,7 +89,7 @@ class Plan(NamedTuple):
     released: tuple[tuple[str, ...], ...]
 
 
-@functools.lru_cache(maxsize=8192)
+@functools.lru_cache(maxsize=1024)
 def plan(program: Program, needs: tuple[bool, ...], drop: frozenset[str]) -> Plan:
     """Decides what is kept.
 
@@ -117,16 +120,14 @@ def plan(program: Program, needs: tuple[bool, ...], drop: frozenset[str]) -> Pla
     kept = {name for name in read if name in inputs or (name in outputs and name not in remakeable)}
     remade: set[int] = set()
 
-    def remake(name: str) -> None:
+    wanted_again = list(read & outputs.keys())
+    while wanted_again:
+        name = wanted_again.pop()
         if name in inputs:
             kept.add(name)
         elif name not in kept and outputs[name] not in remade:
             remade.add(outputs[name])
-            for other in steps[outputs[name]].inputs:
-                remake(other)
-
-    for name in read & outputs.keys():
-        remake(name)
+            wanted_again += steps[outputs[name]].inputs
     for i, step in enumerate(steps):
         # A step that runs again brings its statistics with it.
         kept.update(name for name in step.statistics if name in read and i not in remade)
@@ -152,20 +153,24 @@ def run(program: Program, inputs: Sequence[Tensor], parameters: Sequence[Tensor 
         return execute(program, tensors, nothing.released, lower)[0][program.output]
 
 
-def execute(program: Program, tensors: Sequence[Tensor | None], released, lower) -> tuple[dict[str, Tensor], list]:
-    """The values that `released` leaves, by name, and the steps' states; no autograd."""
+def execute(
+    program: Program, tensors: Sequence[Tensor | None], released: Sequence[Sequence[str]], lower: torch.dtype | None
+) -> tuple[dict[str, Tensor], dict[str, torch.dtype], list]:
+    """The values that `released` leaves, and the dtypes of all, by name; and the steps' states. No autograd."""
     count = len(program.inputs)
     values, parameters = dict(zip(program.inputs, tensors[:count], strict=True)), tensors[count:]
+    dtypes = {name: tensor.dtype for name, tensor in values.items()}
     states = []
     for step, names in zip(program.steps, released, strict=True):
         outputs, statistics, state = step.kind.forward(
             [values[name] for name in step.inputs], [parameters[i] for i in step.parameters], lower
         )
         values.update(zip((*step.outputs, *step.statistics), (*outputs, *statistics), strict=True))
+        dtypes.update((name, tensor.dtype) for name, tensor in zip(step.outputs, outputs, strict=True))
         states.append(state)
         for name in names:
             del values[name]
-    return values, states
+    return values, dtypes, states
 
 
 class _Program(torch.autograd.Function):
@@ -176,8 +181,8 @@ class _Program(torch.autograd.Function):
         program, drop, lower = options
         chosen = plan(program, tuple(ctx.needs_input_grad[1:]), drop)
         with autocast.disabled(tensors[0].device):
-            values, states = execute(program, tensors, chosen.released, lower)
-        ctx.options = program, chosen, states, lower
+            values, dtypes, states = execute(program, tensors, chosen.released, lower)
+        ctx.options = program, chosen, dtypes, states, lower
         ctx.save_for_backward(*(values[name] for name in chosen.kept), *tensors[len(program.inputs) :])
         return values[program.output]
 
@@ -199,46 +204,59 @@ class _ProgramBackward(torch.autograd.Function):
         raise compiled.differentiated_twice("an accelerated block", 'rftcore.restore(module) does')
 
 
-def _differentiate(program, chosen: Plan, states, lower, grad, saved) -> list[Tensor | None]:
-    """Gradients of the program's inputs and parameters."""
-    steps, count = program.steps, len(chosen.kept)
-    values, parameters = dict(zip(chosen.kept, saved[:count], strict=True)), saved[count:]
-    maker = {name: i for i, step in enumerate(steps) for name in (*step.outputs, *step.statistics)}
+class _Values:
+    """The values of a backward: what was kept, and what is made again when it is asked for."""
 
-    def value(name: str) -> Tensor:
-        if name in values:
-            return values[name]
-        i = maker[name]
-        own = [parameters[p] for p in steps[i].parameters]
-        outputs, statistics, _ = steps[i].kind.forward([value(n) for n in steps[i].inputs], own, lower, states[i])
-        made = dict(zip((*steps[i].outputs, *steps[i].statistics), (*outputs, *statistics), strict=True))
-        for n, tensor in made.items():
-            if n in chosen.remembered:
-                values.setdefault(n, tensor)
+    def __init__(self, program: Program, chosen: Plan, states: Sequence, lower, saved: Sequence[Tensor | None]) -> None:
+        count = len(chosen.kept)
+        self._values = dict(zip(chosen.kept, saved[:count], strict=True))
+        self.parameters = saved[count:]
+        self._steps, self._states, self._lower = program.steps, states, lower
+        self._remembered = chosen.remembered
+        self._maker = {name: i for i, step in enumerate(program.steps) for name in (*step.outputs, *step.statistics)}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._values:
+            return self._values[name]
+        i = self._maker[name]
+        step = self._steps[i]
+        outputs, statistics, _ = step.kind.forward(
+            [self[n] for n in step.inputs], [self.parameters[p] for p in step.parameters], self._lower, self._states[i]
+        )
+        made = dict(zip((*step.outputs, *step.statistics), (*outputs, *statistics), strict=True))
+        for n in self._remembered & made.keys():
+            self._values.setdefault(n, made[n])
         return made[name]
 
+    def forget(self, names: Iterable[str]) -> None:
+        """For the end of a step's backward: nothing before it reads what it made."""
+        for name in names:
+            self._values.pop(name, None)
+
+
+def _differentiate(program, chosen: Plan, dtypes, states, lower, grad, saved) -> list[Tensor | None]:
+    """Gradients of the program's inputs and parameters, each in the dtype of what it is a gradient of."""
+    values = _Values(program, chosen, states, lower, saved)
     grads: dict[str, Tensor] = {program.output: grad}
-    found: list[Tensor | None] = [None] * len(parameters)
-    for i in reversed(range(len(steps))):
-        kind, names, own, statistics, places = steps[i]
-        needs = chosen.needs[i]
+    found: list[Tensor | None] = [None] * len(values.parameters)
+    for step, needs, state in reversed(list(zip(program.steps, chosen.needs, states, strict=True))):
         if any(needs):
-            of_inputs, of_outputs, of_statistics = kind.reads(needs)
-            below = kind.backward(
-                [grads.pop(name, None) for name in own],
-                [value(name) if j in of_inputs else None for j, name in enumerate(names)],
-                [value(name) if j in of_outputs else None for j, name in enumerate(own)],
-                [value(name) if of_statistics else None for name in statistics],
-                [parameters[p] for p in places],
-                states[i],
+            of_inputs, of_outputs, of_statistics = step.kind.reads(needs)
+            below = step.kind.backward(
+                [grads.pop(name, None) for name in step.outputs],
+                [values[name] if j in of_inputs else None for j, name in enumerate(step.inputs)],
+                [values[name] if j in of_outputs else None for j, name in enumerate(step.outputs)],
+                [values[name] if of_statistics else None for name in step.statistics],
+                [values.parameters[p] for p in step.parameters],
+                state,
                 needs,
                 lower,
             )
-            for name, gradient in zip(names, below, strict=False):
+            for name, gradient in zip(step.inputs, below, strict=False):
                 if gradient is not None:
+                    gradient = gradient.to(dtypes[name])
                     grads[name] = grads[name] + gradient if name in grads else gradient
-            found[places.start : places.stop] = below[len(names) :]
+            found[step.parameters.start : step.parameters.stop] = below[len(step.inputs) :]
             del below
-        for name in (*own, *statistics):
-            values.pop(name, None)
+        values.forget((*step.outputs, *step.statistics))
     return [*(grads.get(name) for name in program.inputs), *found]

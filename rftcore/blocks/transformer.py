@@ -92,8 +92,8 @@ def write(b: Builder, block: Transformer2DModel, x: str, conditioned: bool) -> s
         h = write_block(b, inner, i, conditioned)
     if block.use_linear_projection:
         p = b.linear(["p"], h, [block.proj_out])
-        return b.step(kinds.ToImage(residual=True), [p, x], ["transformer"])
-    return b.convolution("transformer", b.step(kinds.ToImage(), [h, x], ["p"]), block.proj_out, x)
+        return b.step(kinds.ToImage(contiguous=True, residual=True), [p, x], ["transformer"])
+    return b.convolution("transformer", b.step(kinds.ToImage(contiguous=True, residual=False), [h, x], ["p"]), block.proj_out, x)
 
 
 def write_block(b: Builder, block: BasicTransformerBlock, i: int, conditioned: bool) -> str:

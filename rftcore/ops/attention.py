@@ -31,7 +31,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, ba
     Raises: ValueError for inputs that do not fit; RuntimeError where `backend` cannot serve them.
     """
     q, k, v = _autocast(q, k, v)
-    _check(q, k, v)
+    check(q, k, v)
     scale = _scale(q, scale)
     backend = OP.choose(backend, q, k, v)
     if backend == "reference":
@@ -56,8 +56,8 @@ def attention_forward(
 
     Shapes: (B, heads, N, d), and (B, heads, N), fp32 (fp64 with fp64 inputs), on CUDA padded as its kernel wants it.
     """
-    _check(q, k, v)
-    return _KERNELS[_explicit(backend, q, k, v)].forward(q, k, v, _scale(q, scale))
+    check(q, k, v)
+    return run_forward(kernel_of(backend, q, k, v), q, k, v, _scale(q, scale))
 
 
 @torch.no_grad()
@@ -78,13 +78,17 @@ def attention_backward(
     Args:
         backend: the one that made `o` and `lse`. "auto" finds it again only under the forward's `sdpa_kernel`.
     """
-    _check(q, k, v)
-    return _backward(grad_o, q, k, v, o, lse, _scale(q, scale), _explicit(backend, q, k, v), needs)
+    check(q, k, v)
+    return run_backward(kernel_of(backend, q, k, v), grad_o, q, k, v, o, lse, _scale(q, scale), needs)
 
 
 def kernel_of(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
-    """The name of the kernel that serves these inputs here and now, for `run_forward` and `run_backward`."""
-    return _explicit(backend, q, k, v)
+    """The name of the kernel that serves these inputs here and now, for `run_forward` and `run_backward`.
+
+    "reference" has the formulas of "math".
+    """
+    backend = OP.choose(backend, q, k, v)
+    return "math" if backend == "reference" else backend
 
 
 @torch.no_grad()
@@ -96,7 +100,8 @@ def run_forward(kernel: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> t
 @torch.no_grad()
 def run_backward(kernel, grad_o, q, k, v, o, lse, scale, needs):
     """`attention_backward` by the kernel of this name, whatever `sdpa_kernel` says now."""
-    return _backward(grad_o, q, k, v, o, lse, scale, kernel, needs)
+    grads = _KERNELS[kernel].backward(grad_o, q, k, v, o, lse, scale, needs)
+    return tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
 
 
 class _Attention(torch.autograd.Function):
@@ -111,7 +116,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_o):
-        grads = _AttentionBackward.apply(grad_o, *ctx.saved_tensors, *ctx.options, ctx.needs_input_grad[:3])
+        scale, kernel = ctx.options
+        grads = _AttentionBackward.apply(kernel, grad_o, *ctx.saved_tensors, scale, ctx.needs_input_grad[:3])
         return *grads, None, None
 
 
@@ -119,17 +125,12 @@ class _AttentionBackward(torch.autograd.Function):
     """The backward as a node of its own, so that differentiating it again is an error."""
 
     @staticmethod
-    def forward(ctx, *inputs):
-        return _backward(*inputs)
+    def forward(ctx, kernel, *inputs):
+        return run_backward(kernel, *inputs)
 
     @staticmethod
     def backward(ctx, *grads):
         raise compiled.differentiated_twice("attention")
-
-
-def _backward(grad_o, q, k, v, o, lse, scale, backend, needs):
-    grads = _KERNELS[backend].backward(grad_o, q, k, v, o, lse, scale, needs)
-    return tuple(grad if needed else None for grad, needed in zip(grads, needs, strict=True))
 
 
 class _Kernel(NamedTuple):
@@ -268,12 +269,6 @@ OP = backends.register(
 )
 
 
-def _explicit(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
-    """The kernel that serves; "reference" has the formulas of "math"."""
-    backend = OP.choose(backend, q, k, v)
-    return "math" if backend == "reference" else backend
-
-
 def _scale(q: Tensor, scale: float | None) -> float:
     return 1 / math.sqrt(max(q.shape[-1], 1)) if scale is None else scale
 
@@ -287,7 +282,8 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype) for t in tensors)
 
 
-def _check(q, k, v):
+def check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises: ValueError where these are not an attention's inputs; the kernels do not look."""
     compiled.check_tensor("attention", "q", q)
     if q.dim() != 4:
         raise ValueError(f"attention: q is {tuple(q.shape)}; it must be (B, heads, N, d).")

@@ -99,6 +99,12 @@ def check_tensor(op: str, name: str, tensor: Tensor) -> None:
         )
 
 
+def check_gradient(op: str, grad: Tensor, value: Tensor) -> None:
+    """Raises: ValueError where a gradient has another dtype than `value`, which the kernels take it to have."""
+    if grad.dtype != value.dtype:
+        raise ValueError(f"{op}: the gradient is {grad.dtype}, it must be {value.dtype}; convert it.")
+
+
 def check_like(op: str, name: str, tensor: Tensor, shape: Sequence[int], device: torch.device, first: str) -> None:
     """Raises: ValueError where `tensor` is not of `shape`, a served dtype and on the device of the input `first`."""
     check_tensor(op, name, tensor)

@@ -46,6 +46,7 @@ def geglu_forward(u: Tensor, backend: str) -> Tensor:
 @torch.no_grad()
 def geglu_backward(grad_y: Tensor, u: Tensor, backend: str) -> Tensor:
     """The gradient of u; no autograd."""
+    compiled.check_gradient("geglu", grad_y, u)
     if backend == "cpu":
         return _backward(grad_y, u)
     return compiled.differentiate(geglu_reference, (u,), (True,), grad_y)[0]

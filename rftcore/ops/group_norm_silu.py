@@ -82,6 +82,7 @@ def group_norm_silu_forward(x, weight, bias, channel_bias, scale, shift, num_gro
 
     Shapes: like x, (N, num_groups), (N, num_groups); without elements where `backend` does without statistics.
     """
+    _check(x, weight, bias, num_groups, channel_bias, scale, shift, "silu" if silu else None)
     inputs = (x, weight, bias, channel_bias, scale, shift, num_groups, eps, silu)
     if backend == "cpu":
         return _forward(*inputs)
@@ -94,6 +95,7 @@ def group_norm_silu_backward(
 ):
     """Gradients of the six tensors x to shift, None where `needs` says so; arguments as the forward had and gave them."""
     tensors = (x, weight, bias, channel_bias, scale, shift)
+    compiled.check_gradient("group_norm_silu", grad_y, x)
     if backend == "cpu":
         grads = _backward(grad_y, *tensors, mean, inverse_deviation, num_groups, silu, list(needs[1:]))
         return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
