@@ -1,11 +1,12 @@
-// group_norm_silu on the CPU. Both memory formats are matrices to the vector loops: where channels are neighbours, a row
-// is a position and a column a channel; where a channel's positions are neighbours, they are folded into rows, and all
-// columns are that channel. A thread takes a group, whose values are still in its cache when they are read again, or
-// some positions of all channels. Sums are taken per strip and added in an order that does not depend on the number of
-// threads.
+// group_norm_silu on the CPU. Both memory formats are matrices to the vector loops: where channels are neighbours, a
+// row is a position and a column a channel; where a channel's positions are neighbours, they are folded into rows, and
+// all columns are that channel. A thread takes a group, whose values are still in its cache when they are read again,
+// or some positions of all channels. Sums are taken per strip and added in an order that does not depend on the number
+// of threads.
 #include "group_norm_silu.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "../common/moments.h"
@@ -327,7 +328,8 @@ void add_moments(const Problem& p, const Piece& piece, Moments* groups) {
     for (int64_t c = piece.first_channel; c < piece.first_channel + piece.channels; ++c)
       cut_channel(p, piece.sample, c, [&](const Strip& strip) {
         const Stored* x = static_cast<const Stored*>(p.x) + strip.offset;
-        Moments moments = strip.width == kFold ? channel_moments<true, T>(x, strip) : channel_moments<false, T>(x, strip);
+        Moments moments =
+            strip.width == kFold ? channel_moments<true, T>(x, strip) : channel_moments<false, T>(x, strip);
         moments.mean += bias(c);
         groups[c / p.channels_per_group()].merge(moments);
       });
