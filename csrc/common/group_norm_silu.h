@@ -64,7 +64,7 @@ RFTCORE_HOST_DEVICE T output(const Channel<T>& channel, T x) {
 // The gradient of the affined value: SiLU' is taken there, after weight, bias, scale and shift.
 template <bool silu_follows, class T>
 RFTCORE_HOST_DEVICE T affined_gradient(const Channel<T>& channel, T x, T grad_y) {
-  if constexpr (silu_follows) return grad_y * silu_gradient((x - channel.center) * channel.gain + channel.offset);
+  if constexpr (silu_follows) return silu_gradient((x - channel.center) * channel.gain + channel.offset, grad_y);
   return grad_y;
 }
 

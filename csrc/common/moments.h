@@ -25,6 +25,14 @@ struct Moments {
   }
 };
 
+// Of `count` values, from the sums of their distances from `pilot` and of the squares of these. A pilot that is some k
+// standard deviations away from the mean costs a factor of k^2 of the precision of `squares`.
+RFTCORE_HOST_DEVICE Moments moments_about(double count, double pilot, double sum, double squares) {
+  const double distance = sum / count;
+  const double about_mean = squares - distance * sum;
+  return {count, pilot + distance, about_mean < 0 ? 0 : about_mean};
+}
+
 // Of `parts` parts of `count` values each.
 template <class T>
 RFTCORE_HOST_DEVICE Moments moments_of_equal_parts(int64_t count, const T* means, const T* squares, int64_t parts) {
