@@ -384,13 +384,14 @@ def test_fake_meta_functorch_and_compiled():
     torch.testing.assert_close(compiled, expected)
 
 
-def test_the_flops_are_the_base_s_two_products_and_the_adapters_through_their_rank():
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_the_flops_are_the_base_s_two_products_and_the_adapters_through_their_rank(backend):
     rank, width, rows = 2, 10, 10
     model, x = make_model((rank,), width), make_input()
     grads = make_grads(model, x)
     outs = sum(g.shape[-1] for g in grads)
     with FlopCounterMode(display=False) as counter:
-        results(ours(model), model, x, grads)
+        results(ours(model, backend), model, x, grads)
     base = 2 * rows * width * outs
     down, up = 2 * rows * width * 3 * rank, 2 * rows * outs * rank
     # Forward: down, up. Backward: down again, up's two gradients, down's two.

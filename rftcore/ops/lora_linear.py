@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils import flop_counter
 
 from rftcore.ops import autocast, backends, compiled
 
@@ -471,6 +472,25 @@ _grads = compiled.define(
     "bool[] needs, Tensor? grad_n) -> Tensor[]",
     _launch_grads, _fake_grads, ["CPU"], in_place=_change_grads,
 )  # fmt: skip
+
+
+def _add_flops(outputs, n, a, b, scales, places, dtypes, residual, **others) -> int:
+    """Multiplications and additions, from shapes: down to the rank and up from it."""
+    rows = math.prod(n[:-1])
+    return sum(2 * rows * (math.prod(a_) + math.prod(b_)) for a_, b_ in zip(a, b, strict=True))
+
+
+def _grads_flops(n, grads, a, b, scales, places, dtypes, needs, grad_n, **others) -> int:
+    """The gradient of what a makes of n; a's, b's, for which that is made again, and what the gradient of n receives."""
+    rows = math.prod(grads[0][:-1])
+    of_a, of_b = (sum(2 * rows * math.prod(t) for t in own) for own in (a, b))
+    needs_a, needs_b = any(needs[::2]), any(needs[1::2])
+    return of_b + needs_b * (of_a + of_b) + needs_a * of_a + (grad_n is not None) * of_a
+
+
+# Without them PyTorch's counter would take these products for free.
+flop_counter.register_flop_formula(torch.ops.rftcore.lora_add)(_add_flops)
+flop_counter.register_flop_formula(torch.ops.rftcore.lora_grads)(_grads_flops)
 
 # The rank of a projection's adapters, on average, up to which the compiled functions are the faster ones. Speed against
 # PyTorch's products, forward / backward, one thread of an EPYC with AVX-512, 128 to 8192 rows of 320 to 1280, one
