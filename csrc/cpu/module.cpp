@@ -4,10 +4,12 @@
 #include "../common/geglu_binding.h"
 #include "../common/group_norm_silu_binding.h"
 #include "../common/layer_norm_binding.h"
+#include "../common/lora_linear_binding.h"
 #include "../common/sampler_step_binding.h"
 #include "geglu.h"
 #include "group_norm_silu.h"
 #include "layer_norm.h"
+#include "lora_linear.h"
 #include "sampler_step.h"
 #include "simd.h"
 
@@ -25,5 +27,6 @@ PYBIND11_MODULE(_cpu, module) {
   rftcore::group_norm_silu::bind<int64_t>(module, rftcore::cpu::group_norm_silu_forward,
                                           rftcore::cpu::group_norm_silu_backward);
   rftcore::layer_norm::bind<int64_t>(module, rftcore::cpu::layer_norm_forward, rftcore::cpu::layer_norm_backward);
+  rftcore::lora_linear::bind<int64_t>(module, rftcore::cpu::lora_add, rftcore::cpu::lora_grads);
   rftcore::sampler_step::bind<int64_t>(module, rftcore::cpu::sampler_step_forward, rftcore::cpu::sampler_step_backward);
 }

@@ -1,6 +1,9 @@
 """lora_linear and lora_linears: against PEFT's layers behind a LayerNorm."""
 
 import copy
+import importlib
+import math
+from collections import Counter
 
 import pytest
 import torch
@@ -8,14 +11,37 @@ from adapted import adapt, adapters_of, results
 from checks import DTYPES, LAYOUTS, assert_as_good_as, laid_out, relative_error, saved_by
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.memory import saved_bytes
-from rftcore.ops import Adapter, Norm, Projection, lora_linear, lora_linears, lora_linears_reference
+from rftcore.ops import Adapter, Norm, Projection, compiled, lora_linear, lora_linears, lora_linears_reference
 from rftcore.ops.backends import OPS
 from rftcore.ops.lora_linear import flatten, normalise, normalise_backward, project, project_backward, restore
 
-BACKENDS = ["torch", "reference"]
+BACKENDS = ["torch", "reference", "cpu"]
+# The module: the package's attribute of this name is the function.
+MODULE = importlib.import_module("rftcore.ops.lora_linear")
+
+
+@pytest.fixture
+def any_rank(monkeypatch):
+    """The compiled backend serves adapters of any rank, also where PyTorch's products are faster."""
+    monkeypatch.setattr(MODULE, "_HIGHEST_RANK", 1000)
+    monkeypatch.setattr(MODULE, "_HIGHEST_RANK_IN_BF16", 1000)
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """The names of the compiled functions that were called."""
+    names, launch = [], compiled.launch
+
+    def spy(name, *arguments):
+        names.append(name)
+        return launch(name, *arguments)
+
+    monkeypatch.setattr(compiled, "launch", spy)
+    return names
 
 
 class Projections(nn.Module):
@@ -78,12 +104,18 @@ MODELS = [
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("options", MODELS)
-def test_results_and_gradients_are_exact_in_fp64(backend, options, nan_filled):
+def test_results_and_gradients_are_exact_in_fp64(backend, options, nan_filled, launched):
     model = make_model(**options)
+    adapted = options.get("ranks") != ()
+    if backend == "cpu" and not adapted:
+        with pytest.raises(RuntimeError, match="no projection has an adapter"):
+            ours(model, backend)(make_input())
+        return
     for shape in ((10,), (7, 10), (2, 5, 10), (1, 3, 2, 10)):
         for layout in LAYOUTS if len(shape) > 1 else LAYOUTS[:1]:
             x = make_input(shape, layout=layout)
             assert OPS["lora_linear"].choose("auto", x) == "torch"
+            assert OPS["lora_linear"].choose("auto", x, arguments(model)[0]) == ("cpu" if adapted else "torch")
             grads = make_grads(model, x)
             handed = [grads, [g.flatten()[0].expand_as(g) for g in grads]]
             handed += [[laid_out(g, other) for g in grads] for other in LAYOUTS[1:] if len(shape) > 1]
@@ -91,26 +123,30 @@ def test_results_and_gradients_are_exact_in_fp64(backend, options, nan_filled):
                 mine = results(ours(model, backend), model, x, g)
                 exact = results(model, model, x, g)
                 assert max(relative_error(a, b) for a, b in zip(mine, exact, strict=True)) < 1e-12
+                assert launched == (["lora_add", "lora_grads"] if backend == "cpu" else [])
+                launched.clear()
 
 
-def test_an_input_that_needs_no_gradient():
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+def test_an_input_that_needs_no_gradient(backend):
     """Text: its keys and values have trained adapters, itself it is fixed."""
     for options in MODELS[:5]:
         model, x = make_model(**options), make_input().detach()
         grads = make_grads(model, x)
-        mine, exact = (results(f, model, x, grads) for f in (ours(model), model))
+        mine, exact = (results(f, model, x, grads) for f in (ours(model, backend), model))
         assert max(relative_error(a, b) for a, b in zip(mine, exact, strict=True)) < 1e-12
 
 
-def test_each_gradient_alone():
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_each_gradient_alone(backend):
     model, x = make_model(trained=("norm", "weight", "bias")), make_input()
     grads = make_grads(model, x)
-    together = results(ours(model), model, x, grads)[3:]
+    together = results(ours(model, backend), model, x, grads)[3:]
     for i, expected in enumerate(together):
         alone = copy.deepcopy(model).requires_grad_(False)
         leaf = x.detach()
         [leaf, *alone.parameters()][i].requires_grad_()
-        assert relative_error(results(ours(alone), alone, leaf, grads)[3], expected) < 1e-14
+        assert relative_error(results(ours(alone, backend), alone, leaf, grads)[3], expected) < 1e-14
 
 
 # (dtype of the base, of its LoRA, of x, of autocast)
@@ -124,9 +160,10 @@ PRECISIONS = [
 ]
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize(("base", "lora", "given", "lower"), PRECISIONS)
-def test_low_precision_is_as_good_as_peft(base, lora, given, lower, norm):
+def test_low_precision_is_as_good_as_peft(base, lora, given, lower, norm, backend, any_rank, launched):
     model = make_model((4, 3), 48, norm, ("norm", "to_v"), base, lora)
     x = make_input((4, 33, 48), given)
     with torch.autocast("cpu", dtype=lower, enabled=lower is not None):
@@ -141,30 +178,35 @@ def test_low_precision_is_as_good_as_peft(base, lora, given, lower, norm):
 
     wide = copy.deepcopy(model).double()
     exact = results(wide, wide, x.detach().double().requires_grad_(), [g.double() for g in grads])
-    assert_as_good_as(run(model), run(ours(model)), exact)
+    assert_as_good_as(run(model), run(ours(model, backend)), exact)
+    assert launched == (["lora_add", "lora_grads"] if backend == "cpu" else [])
 
 
-def test_adapters_of_several_dtypes_run_each_in_its_own():
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_adapters_of_several_dtypes_run_each_in_its_own(backend):
     model, x = make_model(), make_input()
     for name, module in model.named_modules():
         if name.endswith("adapter1"):
             module.float()
     grads = make_grads(model, x)
-    for mine, expected in zip(results(ours(model), model, x, grads), results(model, model, x, grads), strict=True):
+    for mine, expected in zip(
+        results(ours(model, backend), model, x, grads), results(model, model, x, grads), strict=True
+    ):
         assert mine.dtype == expected.dtype and relative_error(mine, expected) < 1e-6
 
 
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
 @pytest.mark.parametrize(("base", "lora", "given", "lower"), PRECISIONS)
 @pytest.mark.parametrize("norm", [True, False])
-def test_only_the_input_is_saved(base, lora, given, lower, norm):
+def test_only_the_input_is_saved(base, lora, given, lower, norm, backend, any_rank):
     model, x = make_model((4, 2), 10, norm, ("to_v",), base, lora), make_input((3, 7, 10), given)
     with torch.autocast("cpu", dtype=lower, enabled=lower is not None):
-        assert _saved(model, x) == x.nbytes
+        assert _saved(model, x, backend) == x.nbytes
 
 
-def _saved(model, x):
+def _saved(model, x, backend="torch"):
     with saved_bytes(excluded=list(model.parameters())) as saved:
-        outputs = ours(model)(x)
+        outputs = ours(model, backend)(x)
     assert any(y.requires_grad for y in outputs)
     return saved["bytes"]
 
@@ -186,10 +228,11 @@ def test_the_input_is_saved_once_for_all_projections_with_an_op_before_it():
     assert others == [x.data_ptr()]
 
 
-def test_a_backward_under_autocast_computes_as_its_forward():
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_a_backward_under_autocast_computes_as_its_forward(backend):
     model, x = make_model((2,), dtype=torch.float32), make_input(dtype=torch.float32)
     grads = make_grads(model, x)
-    outputs = ours(model)(x)
+    outputs = ours(model, backend)(x)
     expected = torch.autograd.grad(outputs, x, grads, retain_graph=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(torch.autograd.grad(outputs, x, grads)[0], expected[0])
@@ -260,20 +303,22 @@ def test_autocast_runs_the_norm_in_fp32_on_other_devices_than_a_cpu():
     assert [g.dtype for g in grads] == [lower, torch.float32, torch.float32]
 
 
-def test_outputs_may_be_changed_in_place():
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_outputs_may_be_changed_in_place(backend):
     model, x = make_model(), make_input()
     grads = make_grads(model, x)
 
     def shifted(function):
         return lambda x: tuple(y.mul_(2) for y in function(x))
 
-    mine, exact = (results(shifted(f), model, x, grads) for f in (ours(model), model))
+    mine, exact = (results(shifted(f), model, x, grads) for f in (ours(model, backend), model))
     assert max(relative_error(a, b) for a, b in zip(mine, exact, strict=True)) < 1e-12
 
 
-def test_a_graph_serves_twice_and_not_after_a_weight_changed():
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_a_graph_serves_twice_and_not_after_a_weight_changed(backend):
     model, x = make_model(), make_input()
-    outputs, grads = ours(model)(x), make_grads(model, x)
+    outputs, grads = ours(model, backend)(x), make_grads(model, x)
     first, second = (torch.autograd.grad(outputs, x, grads, retain_graph=True)[0] for _ in range(2))
     assert torch.equal(first, second)
     with torch.no_grad():
@@ -282,9 +327,10 @@ def test_a_graph_serves_twice_and_not_after_a_weight_changed():
         torch.autograd.grad(outputs, x, grads)
 
 
-def test_an_output_that_is_not_used():
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_an_output_that_is_not_used(backend):
     model, x = make_model(), make_input()
-    mine, exact = (torch.autograd.grad(f(x)[1].sum(), x)[0] for f in (ours(model), model))
+    mine, exact = (torch.autograd.grad(f(x)[1].sum(), x)[0] for f in (ours(model, backend), model))
     assert relative_error(mine, exact) < 1e-13
 
 
@@ -295,18 +341,21 @@ def test_a_second_derivative_is_an_error_in_words():
         grad.sum().backward()
 
 
-def test_empty_inputs():
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_empty_inputs(backend, nan_filled):
     model, x = make_model(), torch.empty(0, 3, 10, dtype=torch.float64, requires_grad=True)
-    *outputs, grad_x = results(ours(model), model, x, make_grads(model, x))[:4]
+    *outputs, grad_x = (found := results(ours(model, backend), model, x, make_grads(model, x)))[:4]
+    assert not any(t.any() for t in found)
     assert [y.shape for y in outputs] == [(0, 3, 8), (0, 3, 8), (0, 3, 14)] and grad_x.shape == x.shape
 
 
-def test_without_gradients():
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_without_gradients(backend):
     model, x = make_model(), make_input()
     expected = model(x)
     for context in (torch.no_grad(), torch.inference_mode()):
         with context:
-            for mine, y in zip(ours(model)(x), expected, strict=True):
+            for mine, y in zip(ours(model, backend)(x), expected, strict=True):
                 assert relative_error(mine, y) < 1e-14 and not mine.requires_grad
 
 
@@ -316,9 +365,11 @@ def test_fake_meta_functorch_and_compiled():
     meta = copy.deepcopy(model).to("meta")
     found = results(ours(meta), meta, x.to("meta"), [g.to("meta") for g in grads])
     assert [t.shape for t in found] == [t.shape for t in results(model, model, x, grads)]
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fake = [mode.from_tensor(g) for g in grads]
-        results(ours(model), model, mode.from_tensor(x), fake)
+    for backend in ("torch", "cpu"):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = [mode.from_tensor(g) for g in grads]
+            found = results(ours(model, backend), model, mode.from_tensor(x), fake)
+        assert [t.shape for t in found] == [t.shape for t in results(model, model, x, grads)]
     with torch.no_grad():
         mapped = torch.func.vmap(ours(model, "auto"))(x)
     for mine, expected in zip(mapped, model(x), strict=True):
@@ -333,17 +384,216 @@ def test_fake_meta_functorch_and_compiled():
     torch.testing.assert_close(compiled, expected)
 
 
-def test_the_flops_are_the_base_s_two_products_and_the_adapters_through_their_rank():
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_the_flops_are_the_base_s_two_products_and_the_adapters_through_their_rank(backend):
     rank, width, rows = 2, 10, 10
     model, x = make_model((rank,), width), make_input()
     grads = make_grads(model, x)
     outs = sum(g.shape[-1] for g in grads)
     with FlopCounterMode(display=False) as counter:
-        results(ours(model), model, x, grads)
+        results(ours(model, backend), model, x, grads)
     base = 2 * rows * width * outs
     down, up = 2 * rows * width * 3 * rank, 2 * rows * outs * rank
     # Forward: down, up. Backward: down again, up's two gradients, down's two.
     assert counter.get_total_flops() == 2 * base + (1 + 1 + 2) * down + (1 + 2) * up
+
+
+class Calls(TorchDispatchMode):
+    """Counts what runs through the dispatcher, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_the_adapters_of_three_projections_are_one_call_forward_and_one_backward(train):
+    model, x = make_model((3, 2), norm=False), make_input().detach()
+    projections, _ = arguments(model)
+    grads = [g.detach() for g in make_grads(model, x)]
+    needs = restore([False, False, *[train] * 4] * 3, [[1.0, 1.0]] * 3)
+    with torch.no_grad(), Calls() as calls:
+        project(x, projections, None)
+    assert calls.counts == {
+        "aten.view.default": 1, "aten.t.default": 3, "aten.mm.default": 1, "aten.addmm.default": 2,
+        "aten._unsafe_view.default": 3, "rftcore.lora_add.default": 1,
+    }  # fmt: skip
+    with torch.no_grad(), Calls() as calls:
+        project_backward(x if train else None, projections, grads, True, needs, None)
+    assert calls.counts == {
+        "aten.view.default": 3, "aten.mm.default": 1, "aten.addmm.out": 2, "rftcore.lora_grads.default": 1,
+    }  # fmt: skip
+
+
+def test_a_scale_costs_pytorch_s_products_no_call():
+    model, x = make_model((3,), norm=False), make_input((6, 10)).detach()
+    grads = [g.detach() for g in make_grads(model, x)]
+    needs = restore([False, False, True, True] * 3, [[1.0]] * 3)
+    with torch.no_grad(), Calls() as calls:
+        project_backward(x, arguments(model)[0], grads, True, needs, None, backend="torch")
+    assert not any("mul" in name for name in calls.counts)
+
+
+# (of the base, of its adapters, of autocast)
+DTYPES_OF_A_CALL = [
+    *((dtype, (dtype, dtype), None) for dtype in DTYPES),
+    (torch.bfloat16, (torch.float32, torch.float32), None),
+    (torch.float32, (torch.bfloat16, torch.float16), None),
+    (torch.float32, (torch.float32, torch.bfloat16), torch.bfloat16),
+    (torch.float16, (torch.float64, torch.float32), None),
+]
+
+
+@pytest.mark.parametrize(("base", "loras", "lower"), DTYPES_OF_A_CALL)
+@pytest.mark.parametrize("rows", [1, 3, 33, 1061])
+def test_the_compiled_functions_write_what_they_should_and_nothing_else(base, loras, lower, rows, monkeypatch):
+    """Odd sizes and addresses, canaries before and after each result, gradients NaN before; the truth is in fp64."""
+    width, columns, ranks = 37, (5, 70), ((1, 4), (6, 5))
+    checks = []
+
+    def guarded(values):
+        buffer = values.new_full((values.numel() + 34,), 77.0)
+        inside = buffer[17:-17].view(values.shape)
+        inside.copy_(values)
+        checks.append(buffer)
+        return inside
+
+    n = guarded(torch.randn(rows, width).to(base))
+    grads = [torch.randn(rows, c).to(base) for c in columns]
+    projections = [
+        Projection(
+            torch.randn(c, width).to(base) / 6, None,
+            tuple(
+                Adapter(torch.randn(r, width).to(lora) / 6, torch.randn(c, r).to(lora), 0.5 + r)
+                for r, lora in zip(own, loras, strict=True)
+            ),
+        )
+        for c, own in zip(columns, ranks, strict=True)
+    ]  # fmt: skip
+    outputs = [guarded(grad * 2) for grad in grads]
+    total, residual = guarded(n * 3), guarded(grads[1])
+
+    # In fp64, of values rounded as the adapter's dtype rounds them.
+    leaves, expected = [n.double().requires_grad_()], [y.double() for y in outputs]
+    expected[1] = expected[1] + residual.double()
+    for i, (_, _, adapters) in enumerate(projections):
+        for a, b, scale in adapters:
+            dtype = a.dtype if lower is None or a.dtype == torch.float64 else lower
+            leaves += [t.to(dtype).double().requires_grad_() for t in (a, b)]
+            # The rounding's gradient is 1.
+            rounded = leaves[0] + (n.to(dtype).double() - n.double())
+            expected[i] = expected[i] + _GradientTo.apply((rounded @ leaves[-2].t()) @ leaves[-1].t() * scale, dtype)
+    exact = torch.autograd.grad(expected, leaves, [g.double() for g in grads])
+
+    with torch.no_grad():
+        for y, projection, added in zip(outputs, projections, (None, residual), strict=True):
+            MODULE._launch_add([y], n, *MODULE._arguments([projection], lower), added)
+        new_empty = torch.Tensor.new_empty
+        monkeypatch.setattr(
+            torch.Tensor, "new_empty", lambda self, *args, **options: guarded(new_empty(self, *args).fill_(math.nan))
+        )
+        total, *found = MODULE._change_grads(n, grads, *MODULE._arguments(projections, lower), [True] * 8, total)
+    bound = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+    for mine, y in zip(outputs, expected, strict=True):
+        assert relative_error(mine, y) < bound[base]
+    assert relative_error(total, n.double() * 3 + exact[0]) < bound[base]
+    for mine, gradient in zip(found, exact[1:], strict=True):
+        wide = torch.float64 in (base, *loras)
+        assert relative_error(mine, gradient) < max(bound[mine.dtype], 1e-14 if wide else 1e-6)
+    assert len(checks) == 5 + 8
+    for buffer in checks:
+        assert (buffer[:17] == 77).all() and (buffer[-17:] == 77).all()
+
+
+class _GradientTo(torch.autograd.Function):
+    """The identity, whose gradient is rounded to a dtype."""
+
+    @staticmethod
+    def forward(ctx, x, dtype):
+        ctx.dtype = dtype
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to(ctx.dtype).to(grad.dtype), None
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    model, x = make_model((4, 3), 64, False, dtype=torch.float32), make_input((3, 1111, 64), torch.float32)
+    grads = make_grads(model, x)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = results(ours(model, "cpu"), model, x, grads)
+        torch.set_num_threads(3)
+        together = results(ours(model, "cpu"), model, x, grads)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_opcheck():
+    projections, _ = arguments(make_model((3, 2), norm=False))
+    a, b, *others = MODULE._arguments(projections, None)
+    a, b = ([t.detach() for t in own] for own in (a, b))
+    n, grads = torch.randn(6, 10).double(), [torch.randn(6, c).double() for c in (8, 8, 14)]
+    ops = torch.ops.rftcore
+    torch.library.opcheck(ops.lora_add.default, ([g.clone() for g in grads], n, a, b, *others, None))
+    arguments_of_one = (own[:2] for own in (a, b, *others))
+    torch.library.opcheck(ops.lora_add.default, ([grads[0].clone()], n, *arguments_of_one, grads[1]))
+    sliced = laid_out(n, "sliced")
+    for first, needs, grad_n in ((sliced, [True] * 12, n), (sliced, [True, False] * 6, None), (None, [False] * 12, n)):
+        torch.library.opcheck(ops.lora_grads.default, (first, grads, a, b, *others, needs, grad_n))
+
+
+def test_high_ranks_are_left_to_pytorch_s_products():
+    op = OPS["lora_linear"]
+    for dtype in DTYPES:
+        highest = 4 if dtype == torch.bfloat16 else 32
+        x = torch.randn(3, 6).to(dtype)
+        for rank, backend in ((highest, "cpu"), (highest + 1, "torch")):
+            adapter = Adapter(torch.zeros(rank, 6).to(dtype), torch.zeros(5, rank).to(dtype), 1.0)
+            plain = Projection(torch.zeros(5, 6).to(dtype))
+            assert op.choose("auto", x, [plain._replace(adapters=(adapter,))]) == backend
+            assert op.choose("auto", x, [plain, plain._replace(adapters=(adapter, adapter))]) == backend
+    with pytest.raises(RuntimeError, match="have rank 33 a projection; over 32 PyTorch's products are faster"):
+        lora_linear(x, plain._replace(adapters=(adapter,)), backend="cpu")
+    single = Projection(torch.zeros(5, 6), None, (Adapter(torch.zeros(5, 6), torch.zeros(5, 5), 1.0),))
+    assert op.choose("auto", torch.randn(3, 6), [single]) == "cpu"
+    with pytest.raises(RuntimeError, match="over 4, all in bf16, PyTorch's"):
+        op.choose("cpu", torch.randn(3, 6), [single], torch.bfloat16)
+
+
+@pytest.mark.parametrize("backend", ["torch", "auto"])
+@pytest.mark.parametrize("ranks", [(3, 2), ()])
+@pytest.mark.parametrize("kind", ["alike", "transposed", "one row", "wider"])
+def test_a_residual(backend, ranks, kind, launched):
+    dtype = torch.float32 if kind == "wider" else torch.float64
+    model, n = make_model(ranks, norm=False, dtype=dtype), make_input(dtype=dtype).detach()
+    projection = arguments(model)[0][0]
+    residual = torch.randn((1, 5, 8) if kind == "one row" else (2, 5, 8), dtype=torch.float64)
+    residual = laid_out(residual, "transposed") if kind == "transposed" else residual
+    kept = residual.clone()
+    with torch.no_grad():
+        (y,) = project(n, [projection], None, residual=residual, backend=backend)
+        expected = model.to_q(n) + residual
+    assert torch.equal(residual, kept) and y.dtype == expected.dtype
+    assert relative_error(y, expected) < (1e-6 if kind == "wider" else 1e-14)
+    assert launched == (["lora_add"] if backend == "auto" and ranks else [])
+    if backend == "auto" and ranks and kind == "alike":
+        with torch.no_grad(), Calls() as calls:
+            project(n, [projection], None, residual=residual)
+        assert not any("add." in name or "add_." in name for name in calls.counts if "rftcore" not in name)
+
+
+def test_a_residual_of_several_projections_is_refused():
+    projections, _ = arguments(make_model(norm=False))
+    with pytest.raises(ValueError, match="residual is given with 3 projections; it is added to one"):
+        project(make_input().detach(), projections, None, residual=torch.zeros(2, 5, 8).double())
 
 
 @pytest.mark.parametrize(

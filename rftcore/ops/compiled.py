@@ -19,8 +19,14 @@ def maths_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def define(schema: str, function: Callable, fake: Callable, devices: Sequence[str]) -> Callable:
+def define(
+    schema: str, function: Callable, fake: Callable, devices: Sequence[str], in_place: Callable | None = None
+) -> Callable:
     """Defines the op `rftcore::<schema>`, served by `function` on `devices` ("CPU", "CUDA"), traced through `fake`.
+
+    Args:
+        in_place: what to call past the dispatcher instead of `function`, where it may change arguments that the schema
+            does not name.
 
     Returns:
         the way to call it: past the dispatcher where its tensors allow that (9 us against 13 us, an EPYC core).
@@ -33,8 +39,9 @@ def define(schema: str, function: Callable, fake: Callable, devices: Sequence[st
     through_dispatcher = getattr(torch.ops.rftcore, name)
 
     def call(*arguments):
-        tensors = (a for a in arguments if isinstance(a, Tensor))
-        return function(*arguments) if backends.is_plain(*tensors) else through_dispatcher(*arguments)
+        lists = (a if isinstance(a, list) else (a,) for a in arguments)
+        tensors = (t for own in lists for t in own if isinstance(t, Tensor))
+        return (in_place or function)(*arguments) if backends.is_plain(*tensors) else through_dispatcher(*arguments)
 
     return call
 
