@@ -169,9 +169,12 @@ def _refusal(block: nn.Module, place: Place) -> str | None:
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     """The model under what may be wrapped around it."""
-    model = extract_model_from_parallel(module) if isinstance(module, nn.Module) else module
-    if isinstance(model, PeftModel):
-        model = model.get_base_model()
+    model, wrapped = module, None
+    while isinstance(model, nn.Module) and model is not wrapped:
+        # keep_torch_compile=True would take DistributedDataParallel out of a compiled model, for good.
+        wrapped, model = model, extract_model_from_parallel(model, keep_torch_compile=False)
+        if isinstance(model, PeftModel):
+            model = model.get_base_model()
     if not isinstance(model, _MODELS):
         kinds = ", ".join(kind.__name__ for kind in _MODELS)
         raise ValueError(
