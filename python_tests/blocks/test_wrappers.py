@@ -355,6 +355,17 @@ def test_a_second_derivative_raises(loss, recompute):
         gradient.pow(2).sum().backward()
 
 
+def test_a_second_derivative_of_one_block_by_its_text():
+    """Where the block keeps nothing of what is differentiated."""
+    _, unet = pair(make(lora=False).requires_grad_(False))
+    block = unet.mid_block.attentions[0].transformer_blocks[0]
+    text = torch.randn(2, 5, 12, dtype=torch.float64, requires_grad=True)
+    output = block(torch.randn(2, 6, 32, dtype=torch.float64), encoder_hidden_states=text)
+    (gradient,) = torch.autograd.grad(output.sum(), [text], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"rftcore\.restore\(module\)"):
+        gradient.pow(2).sum().backward()
+
+
 def test_a_step_between_forward_and_backward_raises_as_stock():
     for model in pair(make()):
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)

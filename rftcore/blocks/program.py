@@ -188,14 +188,16 @@ class _Program(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return None, *_ProgramBackward.apply(ctx.options, grad, *ctx.saved_tensors)
+        # With create_graph=True the gradients require one themselves, whatever was saved: an error is then raised for it.
+        mark = grad.new_empty(0).requires_grad_() if torch.is_grad_enabled() else None
+        return None, *_ProgramBackward.apply(ctx.options, mark, grad, *ctx.saved_tensors)
 
 
 class _ProgramBackward(torch.autograd.Function):
     """The backward as a node of its own, so that differentiating it again is an error."""
 
     @staticmethod
-    def forward(ctx, options, grad, *saved):
+    def forward(ctx, options, mark, grad, *saved):
         with autocast.disabled(grad.device):
             return tuple(_differentiate(*options, grad, saved))
 
