@@ -110,7 +110,7 @@ def test_any_choice_of_values_to_make_again(lora, monkeypatch):
     stock, ours = pair(make("sdxl", lora=lora))
     generator = torch.Generator()
 
-    def some(place, chosen, tensors):
+    def some(place, chosen, tensors, parameters):
         names = [name for step in chosen.steps for name in step.outputs]
         return frozenset(name for name in names if torch.rand((), generator=generator) < 0.5)
 

@@ -8,23 +8,28 @@ from torch import Tensor
 from rftcore.blocks import kinds, modules
 from rftcore.blocks.builder import Builder
 from rftcore.blocks.modules import Unserved
-from rftcore.blocks.serving import Place, check_call, opaque
+from rftcore.blocks.serving import Place, check_call
+
+# The processors that we stand for, as they were.
+_PROCESSORS = {kind: kind.__call__ for kind in (AttnProcessor2_0, AttnProcessor)}
 
 
-@opaque
 def forward(block: Attention, place: Place, hidden_states: Tensor, *args, **kwargs):
     """In place of Attention.forward, where it has a GroupNorm: in unconditional UNets and autoencoders."""
+    b = place.builder("hidden_states")
     try:
         if args or any(value is not None for name, value in kwargs.items() if name != "temb"):
             raise Unserved("it was called with further arguments")
         if hidden_states.dim() != 4:
             raise Unserved(f"its input is {tuple(hidden_states.shape)}, not an image")
+        modules.check_own(block, Attention)
         check_call(hidden_states)
-        b = place.builder("hidden_states")
         write_image(b, block)
-        return place.run(b, [hidden_states])
     except Unserved as reason:
-        return place.stock(block, reason, hidden_states, *args, **kwargs)
+        refusal = str(reason)
+    else:
+        return place.run(b, [hidden_states])
+    return place.stock(block, refusal, hidden_states, *args, **kwargs)
 
 
 def write_image(b: Builder, block: Attention) -> None:
@@ -67,8 +72,11 @@ def scale(attn: Attention) -> float:
 
 
 def _check(attn: Attention) -> None:
-    if type(attn.processor) not in (AttnProcessor2_0, AttnProcessor):
-        raise Unserved(f"its processor is a {type(attn.processor).__name__}")
+    kind = type(attn.processor)
+    if kind not in _PROCESSORS:
+        raise Unserved(f"its processor is a {kind.__name__}")
+    if kind.__call__ is not _PROCESSORS[kind]:
+        raise Unserved(f"{kind.__name__}.__call__ was replaced")
     unusual = ("spatial_norm", "norm_q", "norm_k", "norm_cross", "added_kv_proj_dim", "only_cross_attention")
     for name in unusual:
         if getattr(attn, name, None):

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.flop_counter import flop_registry
 
@@ -63,8 +65,8 @@ class _FLOPs(TorchDispatchMode):
 
 def costs(layer: Layer, lower: torch.dtype | None) -> Costs:
     """Sizes and prices of a layer's values, found by running it without data. All inputs want gradients."""
-    program, wants = layer.program, [p is not None and p.requires_grad for p in layer.parameters]
-    needs = (*(name not in layer.shared or name == "res_hidden_states" for name in program.inputs), *wants)
+    program = layer.program
+    needs = (*(name not in ("temb", "encoder_hidden_states") for name in program.inputs), *_wants(layer))
     sizes: dict[str, int] = {}
     flops: list[int] = []
     values = dict(zip(program.inputs, layer.inputs, strict=True))
@@ -100,45 +102,66 @@ def costs(layer: Layer, lower: torch.dtype | None) -> Costs:
     return Costs(sum(sizes[name] for name in kept if name not in layer.shared), items)
 
 
-@dataclasses.dataclass
+class Choice(NamedTuple):
+    """What a layer makes again, as long as it has this program and wants these parameters' gradients."""
+
+    program: Program
+    wants: tuple[bool, ...]
+    drop: frozenset[str]
+
+
 class Budget:
     """Bytes that one forward of a model may keep for its backward, and the choices that follow for each shape of input.
 
     Args:
         model: the accelerated model.
-        bytes: the budget.
+        memory_budget: the bytes.
     """
 
-    model: nn.Module
-    bytes: int
-    _choices: dict[Any, dict[str, tuple[Program, frozenset[str]]]] = dataclasses.field(default_factory=dict, repr=False)
+    def __init__(self, model: nn.Module, memory_budget: int) -> None:
+        self._model = weakref.ref(model)
+        self._bytes = memory_budget
+        self._choices: dict[Any, dict[str, Choice]] = {}
+        self._scales: dict[str, int] = {}
 
-    def drop(self, name: str, program: Program, x: Tensor, lower: torch.dtype | None) -> frozenset[str]:
-        """The values that the layer of this name makes again.
+    def __deepcopy__(self, memo):
+        """Of the copied model; where only a block of it is copied, of none: that block makes everything again."""
+        copied = memo.get(id(self._model()))
+        return None if copied is None else Budget(copied, self._bytes)
+
+    def __reduce__(self):
+        return Budget, (self._model(), self._bytes)
+
+    def drop(self, name: str, program: Program, parameters, x: Tensor, lower: torch.dtype | None):
+        """The values that the layer of this name makes again; None for a layer that is not known.
 
         Raises:
             ValueError: where the least that the model can keep is more than the budget.
         """
-        if x.dim() != 4:
-            return frozenset()
-        places = layers.scales(self.model)
-        if name not in places:
-            return frozenset()
+        if self._model() is None:
+            return None
+        if not self._scales:
+            self._scales = layers.scales(self._model())
+        if name not in self._scales or x.dim() != 4:
+            return None
+        wants = tuple(p is not None and p.requires_grad for p in parameters)
         batch, _, height, width = x.shape
         # The size at the model's input, as far as it can be told from here: an odd one was rounded up on the way.
-        size = (batch, *(round(pixels * 2.0 ** places[name]) for pixels in (height, width)))
-        dtype = x.dtype if lower is None else lowered(x, lower)
-        key = (*size, dtype, lower)
-        if key not in self._choices or self._choices[key].get(name, (program,))[0] != program:
-            self._choices[key] = self._choose(*size, dtype, lower)
-        return self._choices[key].get(name, (program, frozenset()))[1]
+        size = (batch, *(round(pixels * 2.0 ** self._scales[name]) for pixels in (height, width)))
+        key = (*size, x.dtype if lower is None else lowered(x, lower), lower)
+        choice = self._choices.get(key, {}).get(name)
+        if choice is None or choice[:2] != (program, wants):
+            # Adapters have come or gone, or what is trained has changed.
+            self._scales = layers.scales(self._model())
+            self._choices[key] = self._choose(*key)
+            choice = self._choices[key].get(name)
+        return choice.drop if choice is not None and choice.program == program else None
 
-    def _choose(self, batch, height, width, dtype, lower) -> dict[str, tuple[Program, frozenset[str]]]:
-        """For each layer its program and what it makes again."""
+    def _choose(self, batch, height, width, dtype, lower) -> dict[str, Choice]:
         # Not for the eyes of a mode that counts or changes what the model does.
-        with _disable_current_modes():
+        with _disable_current_modes(), sdpa_kernel(SDPBackend.MATH):
             found = list(self._priced(batch, height, width, dtype, lower))
-        excess = sum(cost.kept for _, cost in found) - self.bytes
+        excess = sum(cost.kept for _, cost in found) - self._bytes
         least = -excess
         drops: dict[str, set[str]] = {layer.name: set() for layer, _ in found}
         items = [(item, layer.name) for layer, cost in found for item in cost.items]
@@ -149,20 +172,25 @@ class Budget:
                 excess -= item.bytes
         if least < 0:
             raise ValueError(
-                f"memory_budget={self.bytes / 2**20:.0f} MiB cannot be kept for an input of {batch} x {height} x "
-                f"{width}: the least is {(self.bytes - least) / 2**20:.0f} MiB. Raise it, or make the batch smaller."
+                f"memory_budget={self._bytes / 2**20:.0f} MiB cannot be kept for an input of {batch} x {height} x "
+                f"{width}: the least is {(self._bytes - least) / 2**20:.0f} MiB. Raise it, or make the batch smaller."
             )
-        return {layer.name: (layer.program, frozenset(drops[layer.name])) for layer, _ in found}
+        return {layer.name: Choice(layer.program, _wants(layer), frozenset(drops[layer.name])) for layer, _ in found}
 
     def _priced(self, batch, height, width, dtype, lower) -> Iterator[tuple[Layer, Costs]]:
+        """The model's layers and their costs, each kind of layer counted once."""
         known: dict[Any, Costs] = {}
-        for layer in layers.layers(self.model, batch, height, width, dtype):
+        for layer in layers.layers(self._model(), batch, height, width, dtype):
             shapes = tuple((t.shape, t.dtype) for t in layer.inputs)
             weights = tuple(None if p is None else (p.shape, p.dtype, p.requires_grad) for p in layer.parameters)
             key = (layer.program, shapes, weights, layer.shared)
             if key not in known:
                 known[key] = costs(layer, lower)
             yield layer, known[key]
+
+
+def _wants(layer: Layer) -> tuple[bool, ...]:
+    return tuple(p is not None and p.requires_grad for p in layer.parameters)
 
 
 def bytes_of(memory_budget: int | str) -> int:

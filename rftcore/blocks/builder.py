@@ -47,7 +47,7 @@ class Builder:
 
     def group_norm(self, name: str, x: str, norm: nn.Module, silu: bool, embedding: str | None = None, how: str | None = None, own=False) -> str:
         """`how` is "add" or "scale_shift", for an embedding; `own`: the norm is the block."""
-        modules.expect(norm, nn.GroupNorm, served=own)
+        modules.expect(norm, nn.GroupNorm, own=own)
         kind = kinds.GroupNorm(norm.num_groups, norm.eps, silu, how, self._backend("group_norm_silu"))
         inputs = [x] if embedding is None else [x, embedding]
         return self.step(kind, inputs, [name], modules.norm_parameters(norm), [f"{name}.mean", f"{name}.deviation"])

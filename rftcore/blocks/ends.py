@@ -4,51 +4,64 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from rftcore.blocks import modules
 from rftcore.blocks.modules import Unserved
-from rftcore.blocks.serving import Place, check_call, opaque
+from rftcore.blocks.serving import Place, check_call
 
 
-@opaque
 def forward_convolution(layer: nn.Module, place: Place, x: Tensor, *args, **kwargs):
     """In place of a convolution's forward, adapted or not."""
+    b = place.builder("x")
     try:
         if args or kwargs:
             raise Unserved("it was called with further arguments")
+        if x.dim() != 4:
+            raise Unserved(f"its input is {tuple(x.shape)}")
         check_call(x)
-        b = place.builder("x")
         b.convolution("y", "x", layer, own=True)
+    except Unserved as reason:
+        refusal = str(reason)
+    else:
         return place.run(b, [x])
-    except Unserved as reason:
-        return place.stock(layer, reason, x, *args, **kwargs)
+    return place.stock(layer, refusal, x, *args, **kwargs)
 
 
-@opaque
 def forward_norm(norm: nn.GroupNorm, place: Place, x: Tensor):
-    """In place of the forward of the GroupNorm before a SiLU. The output remembers where it came from."""
+    """In place of the forward of the GroupNorm before a SiLU. With a graph, the output remembers where it came from."""
+    b = place.builder("x")
     try:
-        check_call(x)
-        b = place.builder("x")
-        b.group_norm("y", "x", norm, silu=False, own=True)
-        y = place.run(b, [x])
+        _write(b, norm, x, silu=False)
     except Unserved as reason:
-        return place.stock(norm, reason, x)
-    y.rftcore_normalised = norm, x
-    return y
+        refusal = str(reason)
+    else:
+        y = place.run(b, [x])
+        if y.requires_grad:
+            y.rftcore_normalised = norm, x
+        return y
+    return place.stock(norm, refusal, x)
 
 
-@opaque
 def forward_silu(activation: nn.SiLU, place: Place, y: Tensor):
     """In place of the forward of the SiLU: of a served norm's output it is one step from that norm's input.
 
     The norm's output is then no longer needed, and goes.
     """
+    b = place.builder("x")
     try:
-        if not hasattr(y, "rftcore_normalised"):
-            raise Unserved("its input is not the output of a served norm")
-        norm, x = y.rftcore_normalised
-        check_call(x)
-        b = place.builder("x")
-        b.group_norm("y", "x", norm, silu=True, own=True)
-        return place.run(b, [x])
+        modules.check_own(activation, nn.SiLU)
+        check_call(y)
+        norm, x = getattr(y, "rftcore_normalised", (None, None))
+        if norm is not None:
+            _write(b, norm, x, silu=True)
     except Unserved as reason:
-        return place.stock(activation, reason, y)
+        refusal = str(reason)
+    else:
+        place.served()
+        return place.run(b, [x]) if norm is not None else nn.SiLU.forward(activation, y)
+    return place.stock(activation, refusal, y)
+
+
+def _write(b, norm: nn.GroupNorm, x: Tensor, silu: bool) -> None:
+    check_call(x)
+    modules.check_own(norm, nn.GroupNorm)
+    b.group_norm("y", "x", norm, silu=silu, own=True)

@@ -23,6 +23,7 @@ from torch import nn
 from rftcore.blocks import attention, ends, layers, levels, modules, resampling, resnet, transformer, up_block
 from rftcore.blocks.budget import Budget, bytes_of
 from rftcore.blocks.modules import Unserved
+from rftcore.blocks.served import Served, served
 from rftcore.blocks.serving import Place, Serving
 from rftcore.ops.backends import OPS
 
@@ -81,7 +82,7 @@ def accelerate(
     restore(model)
     for name, block, forward in _blocks(model):
         if "forward" not in block.__dict__:
-            block.forward = functools.partial(forward, block, Place(serving, name))
+            block.forward = Served(forward, block, Place(serving, name))
     return module
 
 
@@ -91,10 +92,10 @@ def restore(module: nn.Module) -> nn.Module:
     Returns: module.
     """
     for block in module.modules():
-        if modules.is_served(block):
+        if served(block):
             del block.forward
         # What a hook of the library accelerate has put aside, and calls.
-        if modules.is_ours(block.__dict__.get("_old_forward")):
+        if isinstance(block.__dict__.get("_old_forward"), Served):
             block._old_forward = functools.partial(type(block).forward, block)
     return module
 
@@ -128,24 +129,32 @@ def report(module: nn.Module) -> Report:
     Raises: ValueError for a module that `accelerate` does not know.
     """
     model = _unwrapped(module)
-    served, stock, recompute = [], {}, None
+    fine, stock, recompute = [], {}, None
     known: set[nn.Module] = set()
     for name, block, _ in _blocks(model):
         known.update(block.modules())
-        if not modules.is_served(block):
-            stock[name] = "it has a forward of its own" if "forward" in block.__dict__ else "not accelerated"
+        ours = served(block)
+        if ours is None:
+            stock[name] = _why_not_accelerated(block)
             continue
-        place = block.forward.args[1]
-        recompute = place.serving.recompute
-        reason = _refusal(block, place) or place.serving.refusals.get(name)
+        recompute = ours.place.serving.recompute
+        reason = _refusal(block, ours.place) or ours.place.serving.refusals.get(name)
         if reason is None:
-            served.append(name)
+            fine.append(name)
         else:
             stock[name] = reason
     outside = tuple(
         name for name, layer in model.named_modules() if layer not in known and any(True for _ in layer.parameters(False))
     )
-    return Report(recompute, tuple(served), stock, outside)
+    return Report(recompute, tuple(fine), stock, outside)
+
+
+def _why_not_accelerated(block: nn.Module) -> str:
+    if "forward" in block.__dict__:
+        return "it has a forward of its own"
+    if served(modules.base_of(block)):
+        return "adapted after accelerate, only its base layer is served; call accelerate again"
+    return "not accelerated"
 
 
 def _refusal(block: nn.Module, place: Place) -> str | None:
@@ -154,12 +163,11 @@ def _refusal(block: nn.Module, place: Place) -> str | None:
         return None
     try:
         if isinstance(block, UpBlock2D | AttnUpBlock2D | CrossAttnUpBlock2D):
-            up_block.check(block)
+            up_block.check(block, type(block))
         elif isinstance(block, BasicTransformerBlock):
-            b = place.builder()
-            transformer.write_block(b, block, 0, True)
+            transformer.write_block(place.builder(), block, 0, True)
         elif modules.base_of(block).__class__ is nn.Conv2d:
-            modules.convolution(block, served=True)
+            modules.convolution(block, own=True)
         else:
             layers.write(place.builder(), (block,), ("hidden_states",), layers.embedded(block), True)
     except Unserved as reason:

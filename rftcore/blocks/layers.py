@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ from rftcore.blocks import attention, modules, resampling, resnet, transformer
 from rftcore.blocks.builder import Builder
 from rftcore.blocks.modules import Unserved
 from rftcore.blocks.program import Program
+from rftcore.blocks.served import served
 
 # How many text tokens a layer is taken to attend to: a ResNet's share of a budget cannot depend on the real number.
 TEXT_TOKENS = 77
@@ -60,8 +60,18 @@ def layers(model: nn.Module, batch: int, height: int, width: int, dtype: torch.d
     """What runs when the model is called on (batch, ..., height, width): on latents, for an autoencoder's decoder.
 
     Layers that cannot be served are left out.
+
+    Raises:
+        ValueError: for a model of a build that is not known here.
     """
-    for site in _sites(model):
+    try:
+        sites = list(_sites(model))
+    except (AttributeError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"recompute='auto' cannot divide a budget among the layers of this {type(model).__name__}, whose build it does "
+            f"not know ({error}); choose one of the other levels."
+        ) from error
+    for site in sites:
         try:
             yield _layer(site, batch, height, width, dtype)
         except Unserved:
@@ -70,53 +80,62 @@ def layers(model: nn.Module, batch: int, height: int, width: int, dtype: torch.d
 
 def scales(model: nn.Module) -> dict[str, int]:
     """How often the input of each layer was halved since the model's, by the layer's name."""
-    return {site.blocks[-1].forward.args[1].name: site.scale for site in _sites(model) if _is_served(site)}
+    return {served(site.blocks[-1]).place.name: site.scale for site in _sites(model) if _is_served(site)}
 
 
 def _sites(model: nn.Module) -> Iterator[_Site]:
     if isinstance(model, AutoencoderKL):
-        yield from _stage_sites(model.decoder.mid_block, 0)
-        for i, block in enumerate(model.decoder.up_blocks):
-            yield from _stage_sites(block, -i)
-        yield _Site((model.decoder.conv_norm_out,), (model.decoder.conv_norm_out.num_channels,), -i)
-        return
-    skips = [(modules.base_of(model.conv_in).out_channels, True)]
-    for scale, block in enumerate(model.down_blocks):
-        yield from _stage_sites(block, scale)
+        model, skips = model.decoder, None
+        stages = [(model.mid_block, 0), *((block, -i) for i, block in enumerate(model.up_blocks))]
+    else:
+        halvings = len(model.down_blocks) - 1
+        stages = [*zip(model.down_blocks, range(halvings + 1), strict=True), (model.mid_block, halvings)]
+        stages += [(block, halvings - i) for i, block in enumerate(model.up_blocks)]
+        skips = _skips(model)
+    yield _Site((model.conv_in,), (modules.base_of(model.conv_in).in_channels,), stages[0][1])
+    for stage, scale in stages:
+        if stage is not None:
+            yield from _stage_sites(stage, scale, skips if stage in list(model.up_blocks) else None)
+    for end, channels in ((model.conv_norm_out, "num_channels"), (model.conv_out, "in_channels")):
+        if end is not None:
+            yield _Site((end,), (getattr(modules.base_of(end), channels),), stages[-1][1])
+
+
+def _skips(unet: nn.Module) -> list[tuple[int, bool]]:
+    """Of each skip connection, in the order of the down-blocks: its channels, and whether a layer has it as input."""
+    skips = [(modules.base_of(unet.conv_in).out_channels, True)]
+    for block in unet.down_blocks:
+        *before, last = (inner.out_channels for inner in block.resnets)
         downsamplers = getattr(block, "downsamplers", None) or ()
         # The last layer's output goes nowhere else, where a convolution that keeps nothing follows.
-        skips += [(inner.out_channels, True) for inner in block.resnets[:-1]]
-        skips.append((block.resnets[-1].out_channels, not downsamplers))
-        skips += [(block.resnets[-1].out_channels, True) for _ in downsamplers]
-    yield from _stage_sites(model.mid_block, len(model.down_blocks) - 1)
-    for i, block in enumerate(model.up_blocks):
-        yield from _stage_sites(block, len(model.down_blocks) - 1 - i, skips)
-    yield _Site((model.conv_norm_out,), (model.conv_norm_out.num_channels,), 0)
+        skips += [*((channels, True) for channels in before), (last, not downsamplers), *((last, True) for _ in downsamplers)]
+    return skips
 
 
-def _stage_sites(stage: nn.Module, scale: int, skips: list[tuple[int, bool]] | None = None) -> Iterator[_Site]:
+def _stage_sites(stage: nn.Module, scale: int, skips: list[tuple[int, bool]] | None) -> Iterator[_Site]:
     """The sites of a down-block, the middle or an up-block; `skips`, where it takes them, from their end."""
     attentions = [a for a in getattr(stage, "attentions", None) or () if a is not None]
     # The middle begins with a ResNet more.
-    before = len(stage.resnets) - len(attentions) if attentions else 0
-    for inner, following in itertools.zip_longest(stage.resnets, [None] * before + attentions):
-        if before and following is not None:
-            yield _Site((following,), (inner.in_channels,), scale)
-            following = None
+    first = len(stage.resnets) - len(attentions) if attentions else 0
+    for i, inner in enumerate(stage.resnets):
         channels, shared = (inner.in_channels,), True
         if skips is not None:
             skip, shared = skips.pop()
             channels = (inner.in_channels - skip, skip)
-        joined = isinstance(stage, CrossAttnUpBlock2D) and following is not None
+        if first and i >= first:
+            yield _Site((attentions[i - first],), channels, scale)
+        following = attentions[i] if not first and attentions else None
+        joined = isinstance(stage, CrossAttnUpBlock2D)
         yield _Site((inner, following) if joined else (inner,), channels, scale, shared)
         if following is not None and not joined:
             yield _Site((following,), (inner.out_channels,), scale)
     for resampler in (*(getattr(stage, "downsamplers", None) or ()), *(getattr(stage, "upsamplers", None) or ())):
-        yield _Site((resampler,), (resampler.channels,), scale)
+        if isinstance(resampler, Downsample2D | Upsample2D):
+            yield _Site((resampler,), (resampler.channels,), scale)
 
 
 def _is_served(site: _Site) -> bool:
-    return all(modules.is_served(block) for block in site.blocks)
+    return all(served(block) is not None for block in site.blocks)
 
 
 def _layer(site: _Site, batch: int, height: int, width: int, dtype: torch.dtype) -> Layer:
@@ -129,7 +148,7 @@ def _layer(site: _Site, batch: int, height: int, width: int, dtype: torch.dtype)
 
     pixels = [-(-size // 2**site.scale) if site.scale > 0 else size * 2**-site.scale for size in (height, width)]
     images = [empty(batch, channels, *pixels) for channels in site.channels]
-    place = site.blocks[-1].forward.args[1]
+    place = served(site.blocks[-1]).place
     first, last = site.blocks[0], site.blocks[-1]
     parts = resnet.TWO_PARTS if len(images) == 2 else ("hidden_states",)
     inputs = dict(zip(parts, images, strict=True))
@@ -138,7 +157,8 @@ def _layer(site: _Site, batch: int, height: int, width: int, dtype: torch.dtype)
     cross = last.transformer_blocks[0].attn2 if isinstance(last, Transformer2DModel) else None
     if cross is not None:
         inputs["encoder_hidden_states"] = empty(batch, TEXT_TOKENS, modules.base_of(cross.to_k).in_features)
-    b = place.builder(*inputs)
+    # Prices do not depend on who serves, and these serve on the meta device.
+    b = Builder(inputs, {"attention": "math", "group_norm_silu": "reference", "geglu": "reference"})
     write(b, site.blocks, parts, embedded(first), cross is not None)
     shared = {"temb", "encoder_hidden_states", *([resnet.TWO_PARTS[1]] if site.skip_is_shared else [])}
     parameters = tuple(
@@ -173,5 +193,7 @@ def write(b: Builder, blocks: Sequence[nn.Module], parts: tuple[str, ...], embed
             resampling.write_down(b, block)
         elif isinstance(block, Upsample2D):
             resampling.write_up(b, block, None)
-        else:
+        elif isinstance(block, nn.GroupNorm):
             b.group_norm("y", x, block, silu=True, own=True)
+        else:
+            b.convolution("y", x, block, own=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as globals_of_modules
 
+from rftcore.blocks.served import served
 from rftcore.ops import Adapter, Geometry, Projection
 from rftcore.ops.compiled import DTYPES
 
@@ -21,21 +22,41 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 _GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
 
 
+# The forwards of the classes that we stand for, as they were when first seen.
+_FORWARDS: dict[type, Callable] = {
+    kind: kind.forward
+    for kind in (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.Dropout, lora.Linear, lora.Conv2d)
+}
+
+
 class Unserved(Exception):
     """Why a block has to run its own forward."""
 
 
-def check_hooks(module: nn.Module, served: bool = False) -> None:
+def check_own(block: nn.Module, *kinds: type) -> None:
+    """Raises: Unserved where the block is no longer of a class that we know, or that class was changed."""
+    if type(block) not in kinds:
+        raise Unserved(f"it was made a {_kind(block)}")
+    _check_class(type(block))
+
+
+def check_hooks(module: nn.Module, own: bool = False) -> None:
     """Raises: Unserved where calling `module` does more than its class's forward.
 
     Args:
-        served: whether a forward of ours may be in its place.
+        own: whether a forward of ours may be in its place.
     """
     attributes = module.__dict__
     if any(attributes[name] for name in _HOOKS):
         raise Unserved(f"{_kind(module)} has hooks")
-    if "forward" in attributes and not (served and is_served(module)):
+    if "_conv_forward" in attributes or ("forward" in attributes and not (own and served(module))):
         raise Unserved(f"{_kind(module)} has a forward of its own")
+    _check_class(type(module))
+
+
+def _check_class(kind: type) -> None:
+    if kind.forward is not _FORWARDS.setdefault(kind, kind.forward):
+        raise Unserved(f"{kind.__name__}.forward was replaced")
 
 
 def check_global_hooks() -> None:
@@ -49,24 +70,14 @@ def base_of(layer: nn.Module) -> nn.Module:
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
-def is_served(module: nn.Module) -> bool:
-    """Whether our forward is in place of the module's own."""
-    return is_ours(module.__dict__.get("forward"))
-
-
-def is_ours(forward) -> bool:
-    """Whether this is a forward that `accelerate` put in place."""
-    return getattr(getattr(forward, "func", None), "__module__", "").startswith("rftcore.blocks.")
-
-
-def expect(module: nn.Module | None, *kinds: type, served: bool = False) -> nn.Module:
-    """The module, which must be exactly of one of these classes and unhooked.
+def expect(module: nn.Module | None, *kinds: type, own: bool = False) -> nn.Module:
+    """The module, which must be exactly of one of these classes and unhooked; `own` as in `check_hooks`.
 
     Raises: Unserved.
     """
     if type(module) not in kinds:
         raise Unserved(f"{_kind(module)} in place of {' or '.join(kind.__name__ for kind in kinds)}")
-    check_hooks(module, served)
+    check_hooks(module, own)
     return module
 
 
@@ -88,9 +99,9 @@ def linear(module: nn.Module) -> tuple[Projection, tuple[Dropped, ...]]:
     return Projection(_tensor(base, "weight"), _tensor(base, "bias"), adapters), dropped
 
 
-def convolution(module: nn.Module, served: bool = False) -> tuple[Projection, Geometry, tuple[Dropped, ...]]:
-    """A 2-d convolution, plain or adapted by PEFT; `served` as in `check_hooks`. Raises: Unserved."""
-    base, adapters, dropped = _base_and_adapters(module, nn.Conv2d, lora.Conv2d, served)
+def convolution(module: nn.Module, own: bool = False) -> tuple[Projection, Geometry, tuple[Dropped, ...]]:
+    """A 2-d convolution, plain or adapted by PEFT; `own` as in `check_hooks`. Raises: Unserved."""
+    base, adapters, dropped = _base_and_adapters(module, nn.Conv2d, lora.Conv2d, own)
     if base.padding_mode != "zeros":
         raise Unserved(f"a convolution pads with {base.padding_mode!r}")
     if isinstance(base.padding, str):
@@ -124,18 +135,18 @@ def _tensor(module: nn.Module, name: str) -> Tensor | None:
 
 
 def _base_and_adapters(
-    module: nn.Module, plain: type, adapted: type, served: bool = False
+    module: nn.Module, plain: type, adapted: type, own: bool = False
 ) -> tuple[nn.Module, tuple[Adapter, ...], tuple[Dropped, ...]]:
     """The base layer, its active adapters, and those of them that drop out."""
     if type(module) is plain:
-        check_hooks(module, served)
+        check_hooks(module, own)
         return module, (), ()
     if type(module) is not adapted:
         layer = " (an adapter that is not LoRA's)" if isinstance(module, BaseTunerLayer) else ""
         raise Unserved(f"{_kind(module)}{layer} in place of {plain.__name__}")
-    check_hooks(module, served)
+    check_hooks(module, own)
     # A layer at the model's end that was served before PEFT wrapped it.
-    base = expect(module.base_layer, plain, served=served)
+    base = expect(module.base_layer, plain, own=own)
     active = list(_active_adapters(module, plain))
     adapters = tuple(adapter for p, adapter in active if p == 0)
     return base, adapters, tuple(dropped for dropped in active if dropped.p > 0)
@@ -166,4 +177,6 @@ def _active_adapters(layer: BaseTunerLayer, plain: type) -> Iterable[Dropped]:
         if type(dropout) is not nn.Identity:
             expect(dropout, nn.Dropout)
             p = dropout.p if dropout.training else 0.0
+        if isinstance(layer.scaling[name], Tensor):
+            raise Unserved(f"the scaling of adapter {name!r} is a tensor")
         yield Dropped(p, Adapter(_tensor(a, "weight"), _tensor(b, "weight"), float(layer.scaling[name])))

@@ -6,36 +6,38 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
 
-from rftcore.blocks import kinds
+from rftcore.blocks import kinds, modules
 from rftcore.blocks.builder import Builder
 from rftcore.blocks.modules import Unserved
-from rftcore.blocks.serving import Place, check_call, opaque
+from rftcore.blocks.serving import Place, check_call
 
 
-@opaque
 def forward_down(block: Downsample2D, place: Place, hidden_states: Tensor, *args, **kwargs):
     """In place of Downsample2D.forward."""
+    b = place.builder("hidden_states")
     try:
-        _check(hidden_states, args, kwargs)
-        b = place.builder("hidden_states")
+        _check(block, Downsample2D, hidden_states, args, kwargs)
         write_down(b, block)
-        return place.run(b, [hidden_states])
     except Unserved as reason:
-        return place.stock(block, reason, hidden_states, *args, **kwargs)
+        refusal = str(reason)
+    else:
+        return place.run(b, [hidden_states])
+    return place.stock(block, refusal, hidden_states, *args, **kwargs)
 
 
-@opaque
 def forward_up(
     block: Upsample2D, place: Place, hidden_states: Tensor, output_size: int | None = None, *args, **kwargs
 ):
     """In place of Upsample2D.forward."""
+    b = place.builder("hidden_states")
     try:
-        _check(hidden_states, args, kwargs)
-        b = place.builder("hidden_states")
+        _check(block, Upsample2D, hidden_states, args, kwargs)
         write_up(b, block, None if output_size is None else tuple(output_size))
-        return place.run(b, [hidden_states])
     except Unserved as reason:
-        return place.stock(block, reason, hidden_states, output_size, *args, **kwargs)
+        refusal = str(reason)
+    else:
+        return place.run(b, [hidden_states])
+    return place.stock(block, refusal, hidden_states, output_size, *args, **kwargs)
 
 
 def write_down(b: Builder, block: Downsample2D) -> None:
@@ -63,7 +65,8 @@ def _check_build(block: Downsample2D | Upsample2D) -> None:
         raise Unserved("it has no convolution")
 
 
-def _check(hidden_states, args, kwargs):
+def _check(block, kind, hidden_states, args, kwargs):
     if args or kwargs:
         raise Unserved("it was called with further arguments")
+    modules.check_own(block, kind)
     check_call(hidden_states)

@@ -10,32 +10,48 @@ from torch import Tensor, nn
 from rftcore.blocks import kinds, modules
 from rftcore.blocks.builder import Builder
 from rftcore.blocks.modules import Unserved
-from rftcore.blocks.serving import Place, check_call, opaque
+from rftcore.blocks.serving import Place, check_call
 
 # Names of the inputs where the ResNet's input is cut together.
 TWO_PARTS = ("hidden_states", "res_hidden_states")
 
 
-@opaque
 def forward(block: ResnetBlock2D, place: Place, input_tensor: Tensor, temb: Tensor | None = None, *args, **kwargs):
     """In place of ResnetBlock2D.forward."""
     try:
         if args or kwargs:
             raise Unserved("it was called with further arguments")
-        return forward_parts(block, place, (input_tensor,), temb)
+        prepared = prepare(block, place, (input_tensor,), temb)
     except Unserved as reason:
-        return place.stock(block, reason, input_tensor, temb, *args, **kwargs)
+        refusal = str(reason)
+    else:
+        return place.run(*prepared)
+    return place.stock(block, refusal, input_tensor, temb, *args, **kwargs)
 
 
-def forward_parts(block: ResnetBlock2D, place: Place, parts: Sequence[Tensor], temb: Tensor | None) -> Tensor:
-    """The block's output for an input that is these parts (N, C_i, H, W) along the channels; they are kept, not it.
+def prepare(
+    block: ResnetBlock2D, place: Place, parts: Sequence[Tensor], temb: Tensor | None
+) -> tuple[Builder, list[Tensor]]:
+    """The block's program, and its inputs, for an input that is these parts (N, C_i, H, W) along the channels.
 
     Raises: Unserved.
     """
+    inputs = checked_inputs(block, parts, temb)
+    b = place.builder(*inputs)
+    write(b, block, _names(parts), temb is not None)
+    return b, list(inputs.values())
+
+
+def checked_inputs(block: ResnetBlock2D, parts: Sequence[Tensor], temb: Tensor | None) -> dict[str, Tensor]:
+    """Parts and embedding by the names that they have in the program. Raises: Unserved."""
+    modules.check_own(block, ResnetBlock2D)
     check_call(*parts, temb)
-    builder = place.builder(*_names(parts), *(() if temb is None else ("temb",)))
-    write(builder, block, _names(parts), temb is not None)
-    return place.run(builder, [*parts, *(() if temb is None else (temb,))])
+    inputs = dict(zip(_names(parts), parts, strict=True))
+    if temb is not None:
+        if temb.shape[:1] != parts[0].shape[:1]:
+            raise Unserved(f"temb is {tuple(temb.shape)}, for {parts[0].shape[0]} images")
+        inputs["temb"] = temb
+    return inputs
 
 
 def write(b: Builder, block: ResnetBlock2D, parts: Sequence[str], embedded: bool) -> str:

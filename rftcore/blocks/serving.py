@@ -20,7 +20,7 @@ from rftcore.ops.compiled import DTYPES
 class Chooser(Protocol):
     """What divides a budget among layers: `budget.Budget`."""
 
-    def drop(self, name: str, program: Program, x: Tensor, lower: torch.dtype | None) -> frozenset[str]: ...
+    def drop(self, name: str, program: Program, parameters, x: Tensor, lower) -> frozenset[str] | None: ...
 
 
 @dataclasses.dataclass
@@ -31,7 +31,7 @@ class Serving:
         recompute: a level of `levels`, or "auto".
         backends: of an op's name, the backend asked for.
         refusals: of a block's name, why its last call ran its own forward.
-        budget: chooses what a layer makes again where `recompute` is "auto".
+        budget: chooses what a layer makes again where `recompute` is "auto"; None for a block copied out of its model.
     """
 
     recompute: str
@@ -59,15 +59,19 @@ class Place:
         program, parameters = builder.program, builder.parameters
         _check(self.name, program.inputs, inputs, parameters)
         self.served()
-        return run(program, inputs, parameters, self._drop(program, inputs))
+        return run(program, inputs, parameters, self._drop(program, inputs, parameters))
 
-    def _drop(self, program: Program, inputs: Sequence[Tensor]) -> frozenset[str]:
-        if not torch.is_grad_enabled():
+    def _drop(self, program: Program, inputs: Sequence[Tensor], parameters) -> frozenset[str]:
+        """The values to make again."""
+        if len(program.steps) == 1 or not torch.is_grad_enabled():
             return frozenset()
-        if self.serving.budget is not None:
-            lower = autocast.active(inputs[0].device)
-            return self.serving.budget.drop(self.name, program, inputs[0], lower)
-        return levels.drop(program, self.serving.recompute)
+        recompute, budget = self.serving.recompute, self.serving.budget
+        if recompute != "auto":
+            return levels.drop(program, recompute)
+        lower = autocast.active(inputs[0].device)
+        chosen = budget and budget.drop(self.name, program, parameters, inputs[0], lower)
+        # A block that the budget does not know of keeps the least there is.
+        return levels.drop(program, "block") if chosen is None else chosen
 
     def served(self) -> None:
         """Notes that the last call was served, and with it the blocks inside."""
@@ -75,9 +79,9 @@ class Place:
         for name in [name for name in refusals if name == self.name or name.startswith(f"{self.name}.")]:
             del refusals[name]
 
-    def stock(self, block: nn.Module, reason: Unserved, *args, **kwargs):
+    def stock(self, block: nn.Module, reason: str, *args, **kwargs):
         """The block's own forward, with the reason kept for the report."""
-        self.serving.refusals[self.name] = str(reason)
+        self.serving.refusals[self.name] = reason
         return type(block).forward(block, *args, **kwargs)
 
 
@@ -89,11 +93,6 @@ def check_call(*tensors: Tensor | None) -> None:
     for tensor in tensors:
         if tensor is not None and type(tensor) not in modules.TENSORS:
             raise Unserved(f"it was called with a {type(tensor).__name__}")
-
-
-def opaque(forward):
-    """A forward that torch.compile calls and does not trace: its graph breaks around the block, which stays exact."""
-    return torch.compiler.disable(forward, reason="rftcore serves this block; rftcore.restore(module) gives it back")
 
 
 def _check(name: str, names: Sequence[str], inputs: Sequence[Tensor], parameters: Sequence[Tensor | None]) -> None:

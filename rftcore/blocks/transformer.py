@@ -11,10 +11,9 @@ from torch import Tensor, is_grad_enabled, nn
 from rftcore.blocks import attention, kinds, modules
 from rftcore.blocks.builder import Builder
 from rftcore.blocks.modules import Unserved
-from rftcore.blocks.serving import Place, check_call, opaque
+from rftcore.blocks.serving import Place, check_call
 
 
-@opaque
 def forward_model(
     block: Transformer2DModel,
     place: Place,
@@ -31,19 +30,20 @@ def forward_model(
     """In place of Transformer2DModel.forward."""
     try:
         check_arguments(attention_mask, encoder_attention_mask, cross_attention_kwargs)
-        check_call(hidden_states, encoder_hidden_states)
-        b = place.builder("hidden_states", *_context(encoder_hidden_states))
+        inputs = checked_inputs(block, Transformer2DModel, "hidden_states", hidden_states, encoder_hidden_states)
+        b = place.builder(*inputs)
         write(b, block, "hidden_states", encoder_hidden_states is not None)
     except Unserved as reason:
-        return place.stock(
-            block, reason, hidden_states, encoder_hidden_states, timestep, added_cond_kwargs, class_labels,
-            cross_attention_kwargs, attention_mask, encoder_attention_mask, return_dict,
-        )  # fmt: skip
-    output = place.run(b, _present(hidden_states, encoder_hidden_states))
-    return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+        refusal = str(reason)
+    else:
+        output = place.run(b, list(inputs.values()))
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
+    return place.stock(
+        block, refusal, hidden_states, encoder_hidden_states, timestep, added_cond_kwargs, class_labels,
+        cross_attention_kwargs, attention_mask, encoder_attention_mask, return_dict,
+    )  # fmt: skip
 
 
-@opaque
 def forward_block(
     block: BasicTransformerBlock,
     place: Place,
@@ -61,15 +61,17 @@ def forward_block(
         check_arguments(attention_mask, encoder_attention_mask, cross_attention_kwargs)
         if hidden_states.dim() != 3:
             raise Unserved(f"hidden_states is {tuple(hidden_states.shape)}, not (B, N, C)")
-        check_call(hidden_states, encoder_hidden_states)
-        b = place.builder("0.h", *_context(encoder_hidden_states))
+        inputs = checked_inputs(block, BasicTransformerBlock, "0.h", hidden_states, encoder_hidden_states)
+        b = place.builder(*inputs)
         write_block(b, block, 0, encoder_hidden_states is not None)
     except Unserved as reason:
-        return place.stock(
-            block, reason, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
-            cross_attention_kwargs, class_labels, added_cond_kwargs,
-        )  # fmt: skip
-    return place.run(b, _present(hidden_states, encoder_hidden_states))
+        refusal = str(reason)
+    else:
+        return place.run(b, list(inputs.values()))
+    return place.stock(
+        block, refusal, hidden_states, attention_mask, encoder_hidden_states, encoder_attention_mask, timestep,
+        cross_attention_kwargs, class_labels, added_cond_kwargs,
+    )  # fmt: skip
 
 
 def write(b: Builder, block: Transformer2DModel, x: str, conditioned: bool) -> str:
@@ -88,7 +90,7 @@ def write(b: Builder, block: Transformer2DModel, x: str, conditioned: bool) -> s
     else:
         h = b.step(kinds.ToTokens(), [b.convolution("projected", n, block.proj_in)], ["0.h"])
     for i, inner in enumerate(block.transformer_blocks):
-        modules.expect(inner, BasicTransformerBlock, served=True)
+        modules.expect(inner, BasicTransformerBlock, own=True)
         h = write_block(b, inner, i, conditioned)
     if block.use_linear_projection:
         p = b.linear(["p"], h, [block.proj_out])
@@ -139,9 +141,16 @@ def check_arguments(attention_mask, encoder_attention_mask, cross_attention_kwar
         raise Unserved(f"it was called with cross_attention_kwargs {sorted(cross_attention_kwargs)}")
 
 
-def _context(encoder_hidden_states) -> tuple[str, ...]:
-    return () if encoder_hidden_states is None else ("encoder_hidden_states",)
-
-
-def _present(hidden_states, encoder_hidden_states) -> list[Tensor]:
-    return [hidden_states] if encoder_hidden_states is None else [hidden_states, encoder_hidden_states]
+def checked_inputs(
+    block: nn.Module, kind: type, name: str, hidden_states: Tensor, encoder_hidden_states: Tensor | None
+) -> dict[str, Tensor]:
+    """The inputs by the names that they have in the program. Raises: Unserved."""
+    modules.check_own(block, kind)
+    check_call(hidden_states, encoder_hidden_states)
+    if encoder_hidden_states is None:
+        return {name: hidden_states}
+    if encoder_hidden_states.dim() != 3 or encoder_hidden_states.shape[0] != hidden_states.shape[0]:
+        raise Unserved(
+            f"encoder_hidden_states is {tuple(encoder_hidden_states.shape)}, hidden_states {tuple(hidden_states.shape)}"
+        )
+    return {name: hidden_states, "encoder_hidden_states": encoder_hidden_states}

@@ -10,12 +10,12 @@ from torch import Tensor, is_grad_enabled, nn
 
 from rftcore.blocks import modules, resnet, transformer
 from rftcore.blocks.modules import Unserved
-from rftcore.blocks.serving import Place, check_call, opaque
+from rftcore.blocks.served import served
+from rftcore.blocks.serving import Place, check_call
 
 
-@opaque
 def forward(
-    block: UpBlock2D,
+    block: UpBlock2D | AttnUpBlock2D,
     place: Place,
     hidden_states: Tensor,
     res_hidden_states_tuple: tuple[Tensor, ...],
@@ -25,27 +25,27 @@ def forward(
     **kwargs,
 ):
     """In place of UpBlock2D.forward and AttnUpBlock2D.forward."""
-    attentions = getattr(block, "attentions", None)
     try:
         if args or kwargs:
             raise Unserved("it was called with further arguments")
-        check(block)
+        check(block, UpBlock2D, AttnUpBlock2D)
         check_call(hidden_states, *res_hidden_states_tuple, temb)
     except Unserved as reason:
-        return place.stock(block, reason, hidden_states, res_hidden_states_tuple, temb, upsample_size, *args, **kwargs)
-    place.served()
-    for i, inner in enumerate(block.resnets):
-        parts = hidden_states, res_hidden_states_tuple[-1 - i]
-        hidden_states = _resnet(inner, parts, temb)
-        if attentions is not None:
-            hidden_states = attentions[i](hidden_states)
-    for upsampler in block.upsamplers or ():
-        # AttnUpBlock2D does not pass a size on.
-        hidden_states = upsampler(hidden_states, *(() if attentions is not None else (upsample_size,)))
-    return hidden_states
+        refusal = str(reason)
+    else:
+        place.served()
+        attentions = getattr(block, "attentions", None)
+        for i, inner in enumerate(block.resnets):
+            hidden_states = _resnet(inner, (hidden_states, res_hidden_states_tuple[-1 - i]), temb)
+            if attentions is not None:
+                hidden_states = attentions[i](hidden_states)
+        for upsampler in block.upsamplers or ():
+            # AttnUpBlock2D does not pass a size on.
+            hidden_states = upsampler(hidden_states, *(() if attentions is not None else (upsample_size,)))
+        return hidden_states
+    return place.stock(block, refusal, hidden_states, res_hidden_states_tuple, temb, upsample_size, *args, **kwargs)
 
 
-@opaque
 def forward_cross_attention(
     block: CrossAttnUpBlock2D,
     place: Place,
@@ -60,71 +60,74 @@ def forward_cross_attention(
 ):
     """In place of CrossAttnUpBlock2D.forward."""
     try:
-        check(block)
+        check(block, CrossAttnUpBlock2D)
         check_call(hidden_states, *res_hidden_states_tuple, temb)
     except Unserved as reason:
-        return place.stock(
-            block, reason, hidden_states, res_hidden_states_tuple, temb, encoder_hidden_states,
-            cross_attention_kwargs, upsample_size, attention_mask, encoder_attention_mask,
-        )  # fmt: skip
-    place.served()
-    for i, (inner, attention) in enumerate(zip(block.resnets, block.attentions, strict=True)):
-        parts = hidden_states, res_hidden_states_tuple[-1 - i]
-        try:
-            transformer.check_arguments(attention_mask, encoder_attention_mask, cross_attention_kwargs)
-            hidden_states = _layer(inner, attention, parts, temb, encoder_hidden_states)
-        except Unserved:
-            hidden_states = attention(
-                _resnet(inner, parts, temb),
-                encoder_hidden_states=encoder_hidden_states,
-                cross_attention_kwargs=cross_attention_kwargs,
-                attention_mask=attention_mask,
-                encoder_attention_mask=encoder_attention_mask,
-                return_dict=False,
-            )[0]
-    for upsampler in block.upsamplers or ():
-        hidden_states = upsampler(hidden_states, upsample_size)
-    return hidden_states
+        refusal = str(reason)
+    else:
+        place.served()
+        for i, (inner, attention) in enumerate(zip(block.resnets, block.attentions, strict=True)):
+            parts = hidden_states, res_hidden_states_tuple[-1 - i]
+            try:
+                transformer.check_arguments(attention_mask, encoder_attention_mask, cross_attention_kwargs)
+                layer = _layer(inner, attention, parts, temb, encoder_hidden_states)
+            except Unserved:
+                hidden_states = attention(
+                    _resnet(inner, parts, temb),
+                    encoder_hidden_states=encoder_hidden_states,
+                    cross_attention_kwargs=cross_attention_kwargs,
+                    attention_mask=attention_mask,
+                    encoder_attention_mask=encoder_attention_mask,
+                    return_dict=False,
+                )[0]
+            else:
+                served(inner).place.served()
+                hidden_states = served(attention).place.run(*layer)
+        for upsampler in block.upsamplers or ():
+            hidden_states = upsampler(hidden_states, upsample_size)
+        return hidden_states
+    return place.stock(
+        block, refusal, hidden_states, res_hidden_states_tuple, temb, encoder_hidden_states,
+        cross_attention_kwargs, upsample_size, attention_mask, encoder_attention_mask,
+    )  # fmt: skip
 
 
-def check(block: nn.Module) -> None:
-    """Raises: Unserved, also where a ResNet would be: then the block runs as it is, and its layers each for themselves."""
+def check(block: nn.Module, *kinds: type) -> None:
+    """Raises: Unserved: then the block runs as it is, and its layers each for themselves."""
+    modules.check_own(block, *kinds)
     if all(getattr(block, name, None) for name in ("s1", "s2", "b1", "b2")):
         raise Unserved("FreeU is on")
     if getattr(block, "gradient_checkpointing", False) and is_grad_enabled():
         raise Unserved("gradient checkpointing is on")
     if getattr(block, "upsample_type", "conv") == "resnet":
         raise Unserved("it upsamples by a ResNet")
-    for inner in block.resnets:
-        modules.expect(inner, ResnetBlock2D, served=True)
-        resnet.write(_place(inner).builder(), inner, resnet.TWO_PARTS, inner.time_emb_proj is not None)
 
 
-def _resnet(inner: ResnetBlock2D, parts, temb) -> Tensor:
-    """A ResNet by itself; as it is, where a hook of the layer before it returned what cannot be served."""
+def _resnet(inner: ResnetBlock2D, parts: tuple[Tensor, Tensor], temb: Tensor | None) -> Tensor:
+    """The output of a ResNet for an input in two parts; from its own call, where it has hooks or cannot be served."""
     try:
-        return resnet.forward_parts(inner, _place(inner), parts, temb)
+        modules.expect(inner, ResnetBlock2D, own=True)
+        if served(inner) is None:
+            raise Unserved("not served")
+        prepared = resnet.prepare(inner, served(inner).place, parts, temb)
     except Unserved:
-        return inner(torch.cat(parts, dim=1), temb)
+        prepared = None
+    return inner(torch.cat(parts, dim=1), temb) if prepared is None else served(inner).place.run(*prepared)
 
 
-def _layer(inner: ResnetBlock2D, attention: Transformer2DModel, parts, temb, encoder_hidden_states) -> Tensor:
-    """ResNet and transformer as one program: what lies between them need not be kept either. Raises: Unserved."""
-    modules.expect(attention, Transformer2DModel, served=True)
-    inputs = {**dict(zip(resnet.TWO_PARTS, parts, strict=True)), "temb": temb}
-    inputs["encoder_hidden_states"] = encoder_hidden_states
-    present = {name: tensor for name, tensor in inputs.items() if tensor is not None}
-    check_call(*present.values())
-    place = _place(attention)
-    b = place.builder(*present)
+def _layer(inner: ResnetBlock2D, attention: Transformer2DModel, parts, temb, encoder_hidden_states):
+    """ResNet and transformer as one program, and its inputs: what lies between them need not be kept either.
+
+    Raises: Unserved.
+    """
+    modules.expect(inner, ResnetBlock2D, own=True)
+    modules.expect(attention, Transformer2DModel, own=True)
+    if served(inner) is None or served(attention) is None:
+        raise Unserved("not served")
+    inputs = resnet.checked_inputs(inner, parts, temb)
+    context = transformer.checked_inputs(attention, Transformer2DModel, "", parts[0], encoder_hidden_states)
+    inputs.update((name, tensor) for name, tensor in context.items() if name)
+    b = served(attention).place.builder(*inputs)
     x = resnet.write(b, inner, resnet.TWO_PARTS, temb is not None)
     transformer.write(b, attention, x, encoder_hidden_states is not None)
-    _place(inner).served()
-    return place.run(b, list(present.values()))
-
-
-def _place(block: nn.Module) -> Place:
-    """Raises: Unserved where our forward is not in place of the block's own."""
-    if not modules.is_served(block):
-        raise Unserved(f"{type(block).__name__} is not served")
-    return block.forward.args[1]
+    return b, list(inputs.values())

@@ -1,0 +1,49 @@
+"""The callable that stands in the place of a block's own forward."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class Served:
+    """Calls `function(block, place, ...)`. A copy of the block calls it with the copy.
+
+    It does not keep the block alive, which keeps it: a model that is let go of is gone at once. torch.compile calls it
+    and does not trace it: its graph breaks around the block.
+
+    Args:
+        function: of a module's top level, so that it can be pickled.
+        place: what `function` is to know of the block besides.
+    """
+
+    def __init__(self, function: Callable, block: nn.Module, place: Any) -> None:
+        self.function, self.place = function, place
+        self._block = weakref.ref(block)
+
+    @torch.compiler.disable(reason="rftcore serves this block; rftcore.restore(module) gives its own forward back")
+    def __call__(self, *args, **kwargs):
+        return self.function(self._block(), self.place, *args, **kwargs)
+
+    def __deepcopy__(self, memo):
+        return Served(self.function, copy.deepcopy(self._block(), memo), copy.deepcopy(self.place, memo))
+
+    def __reduce__(self):
+        return Served, (self.function, self._block(), self.place)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        whole = inspect.signature(self.function)
+        return whole.replace(parameters=list(whole.parameters.values())[2:])
+
+
+def served(module: nn.Module) -> Served | None:
+    """What stands in the place of the module's own forward, if it is ours."""
+    forward = module.__dict__.get("forward")
+    return forward if isinstance(forward, Served) else None
