@@ -176,7 +176,7 @@ def test_fused_projections():
 
 
 @pytest.mark.parametrize("kind", UNETS)
-@pytest.mark.parametrize(("batch", "size"), [(1, (9, 7)), (3, (8, 6)), (1, (2, 2))])
+@pytest.mark.parametrize(("batch", "size"), [(1, (9, 7)), (3, (2, 6))])
 def test_batches_and_odd_sizes(kind, batch, size):
     if kind == "unconditional":
         size = tuple(2 * (s // 2) for s in size)  # it has no way to upsample to another size
@@ -217,7 +217,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("kind", ["sd1", "sdxl", "unconditional"])
+@pytest.mark.parametrize("kind", ["sd1", "unconditional"])
 def test_inputs_that_are_not_contiguous(kind, layout):
     stock, unet = pair(make(kind))
 
