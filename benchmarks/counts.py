@@ -1,4 +1,4 @@
-"""Exact counts of what a model computes: calls that launch something, and FLOPs. On any device, fake tensors included."""
+"""Exact counts of what a model computes: calls that launch something, and FLOPs; of fake tensors, too."""
 
 from __future__ import annotations
 

@@ -24,7 +24,10 @@ def test_an_unknown_module(module, function):
         ({"recompute": "auto"}, "give memory_budget"),
         ({"memory_budget": "1GiB"}, r"only then"),
         ({"recompute": "ff", "memory_budget": 10}, r"recompute='ff' with memory_budget=10"),
-        ({"recompute": "auto", "memory_budget": "much"}, r"memory_budget='much'; it must be a positive number of bytes"),
+        (
+            {"recompute": "auto", "memory_budget": "much"},
+            r"memory_budget='much'; it must be a positive number of bytes",
+        ),
         ({"recompute": "auto", "memory_budget": 0}, "positive"),
         ({"recompute": "auto", "memory_budget": "0GiB"}, "positive"),
         ({"recompute": "auto", "memory_budget": -5}, "positive"),
@@ -64,7 +67,10 @@ def test_a_backend_that_can(backend):
     [
         (torch.ones(2, 4, 8, 8, dtype=torch.int64), r"conv_in: x is torch\.int64; it must be fp64, fp32, bf16 or fp16"),
         (torch.ones(2, 4, 8, 8, dtype=torch.complex128), r"conv_in: x is torch\.complex128"),
-        (torch.ones(2, 4, 8, 8, device="meta", dtype=torch.float64), "conv_in: x is on meta, its weights are on cpu; move one"),
+        (
+            torch.ones(2, 4, 8, 8, device="meta", dtype=torch.float64),
+            "conv_in: x is on meta, its weights are on cpu; move one",
+        ),
     ],
     ids=["int64", "complex128", "meta"],
 )

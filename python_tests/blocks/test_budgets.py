@@ -131,3 +131,10 @@ def test_fp32_lora_keeps_as_little(sd15):
         for autocast in (False, True):
             mib, *_ = of_unet("sd15", model, mode, autocast)
             assert mib <= 1.01 * yardstick, (level, autocast)
+
+
+def test_sd15_launches(sd15):
+    rftcore.accelerate(sd15[0])
+    _, forward, output = of_unet("sd15", *sd15)
+    backward = backward_of(*sd15, output)
+    assert forward.calls + backward.calls < 1300

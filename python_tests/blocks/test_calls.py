@@ -52,7 +52,9 @@ def test_t2i_adapter_residuals():
     assert_served(unet)
 
 
-@pytest.mark.parametrize("options", [{"num_class_embeds": 5}, {"class_embed_type": "timestep"}], ids=["labels", "times"])
+@pytest.mark.parametrize(
+    "options", [{"num_class_embeds": 5}, {"class_embed_type": "timestep"}], ids=["labels", "times"]
+)
 def test_class_labels(options):
     stock, unet = pair(make(lora=False, **options))
     assert_same(unet, stock, with_extra(class_labels=lambda g: torch.tensor([3, 1])))
@@ -136,8 +138,16 @@ def chunk(unet, size, dim):
 
 # How to switch it on and off, and why a block is not served then, if it is not.
 PROCESSORS = {
-    "attention slice": (lambda u: u.set_attention_slice(1), lambda u: u.set_default_attn_processor(), "SlicedAttnProcessor"),
-    "slice size": (lambda u: u.set_attention_slice("max"), lambda u: u.set_default_attn_processor(), "SlicedAttnProcessor"),
+    "attention slice": (
+        lambda u: u.set_attention_slice(1),
+        lambda u: u.set_default_attn_processor(),
+        "SlicedAttnProcessor",
+    ),
+    "slice size": (
+        lambda u: u.set_attention_slice("max"),
+        lambda u: u.set_default_attn_processor(),
+        "SlicedAttnProcessor",
+    ),
     "AttnProcessor": (lambda u: u.set_attn_processor(AttnProcessor()), lambda u: u.set_default_attn_processor(), None),
     "default": (lambda u: u.set_default_attn_processor(), lambda u: None, None),
     "chunked": (lambda u: chunk(u, 1, 1), lambda u: chunk(u, None, 0), "chunked feed-forward"),

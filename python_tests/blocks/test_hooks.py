@@ -39,12 +39,14 @@ BLOCKS = [
 # Blocks that compute something themselves.
 LAYERS = {name for name in BLOCKS if "." in name or "conv_in" in name} - {"down_blocks.0", "up_blocks.0", "up_blocks.1"}
 
+_FIRST = "down_blocks.0.attentions.0.transformer_blocks.0"
+
 # An inner module, and the block that then runs its own forward.
 INNER = {
-    "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": "down_blocks.0.attentions.0.transformer_blocks.0",
-    "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.default": "down_blocks.0.attentions.0.transformer_blocks.0",
-    "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.1": "down_blocks.0.attentions.0.transformer_blocks.0",
-    "down_blocks.0.attentions.0.transformer_blocks.0.norm1": "down_blocks.0.attentions.0.transformer_blocks.0",
+    f"{_FIRST}.attn1.to_q": _FIRST,
+    f"{_FIRST}.attn1.to_q.lora_A.default": _FIRST,
+    f"{_FIRST}.attn1.to_out.1": _FIRST,
+    f"{_FIRST}.norm1": _FIRST,
     "up_blocks.1.attentions.0.transformer_blocks.0.attn2": "up_blocks.1.attentions.0.transformer_blocks.0",
     "up_blocks.1.attentions.0.transformer_blocks.0.ff": "up_blocks.1.attentions.0.transformer_blocks.0",
     "up_blocks.1.attentions.0.transformer_blocks.0.ff.net.0": "up_blocks.1.attentions.0.transformer_blocks.0",
@@ -109,7 +111,9 @@ def test_a_hook_on_a_transformer_does_not_cost_its_inner_block():
     unet.up_blocks[1].attentions[0].register_forward_hook(lambda *_: None)
     results(unet)
     served = rftcore.report(unet).served
-    assert {f"up_blocks.1.attentions.0.{n}" for n in ("transformer_blocks.0",)} | {"up_blocks.1.resnets.0"} <= set(served)
+    assert {f"up_blocks.1.attentions.0.{n}" for n in ("transformer_blocks.0",)} | {"up_blocks.1.resnets.0"} <= set(
+        served
+    )
 
 
 def enlarge(module, arguments, output):
@@ -156,7 +160,9 @@ def test_a_hook_inside_a_block_has_its_effect(name, kind):
     assert_served(unet)
 
 
-@pytest.mark.parametrize("name", ["conv_in", "conv_norm_out", "conv_act", "mid_block.resnets.0", "up_blocks.1.resnets.1"])
+@pytest.mark.parametrize(
+    "name", ["conv_in", "conv_norm_out", "conv_act", "mid_block.resnets.0", "up_blocks.1.resnets.1"]
+)
 @pytest.mark.parametrize("hook", [enlarge, enlarge_in_place])
 def test_a_hook_on_a_block_has_its_effect(name, hook):
     stock, unet = pair(make())
@@ -222,7 +228,9 @@ class _Enlarge(ModelHook):
 
 @pytest.mark.parametrize("hook", [AlignDevicesHook(execution_device="cpu"), _Enlarge()], ids=["align", "enlarge"])
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("name", ["mid_block.resnets.0.conv1", "mid_block.attentions.0.transformer_blocks.0.attn1.to_k"])
+@pytest.mark.parametrize(
+    "name", ["mid_block.resnets.0.conv1", "mid_block.attentions.0.transformer_blocks.0.attn1.to_k"]
+)
 def test_accelerates_hooks_inside_a_block(name, when, hook):
     unet = make()
     if when == "before":

@@ -1,4 +1,4 @@
-"""accelerate changes forwards of instances and nothing else; restore leaves no trace; copies compute with their own weights."""
+"""accelerate changes instances' forwards and nothing else; restore leaves no trace; copies have their own weights."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Adapters of every kind that PEFT puts on a UNet: served where they are plain LoRA, stock and named where they are not."""
+"""Adapters of every kind that PEFT puts on a UNet: plain LoRA is served, the others run stock and are named."""
 
 import copy
 from contextlib import nullcontext
@@ -6,7 +6,15 @@ from contextlib import nullcontext
 import pytest
 import torch
 from against_stock import (
-    assert_equal, assert_same, assert_served, backward, inputs, make, pair, randomise_adapters, results,
+    assert_equal,
+    assert_same,
+    assert_served,
+    backward,
+    inputs,
+    make,
+    pair,
+    randomise_adapters,
+    results,
 )
 from checks import relative_error
 from diffusers import DDIMScheduler, StableDiffusionPipeline
@@ -248,11 +256,16 @@ def test_dropout_under_a_checkpoint():
         given = inputs()
         for parameter in unet.parameters():
             parameter.grad = None
-        output = checkpoint(lambda x, text: unet(x, given["timestep"], text).sample, given["sample"],
+        output = checkpoint(lambda x, text: unet(x, inputs()["timestep"], text).sample, given["sample"],
                             given["encoder_hidden_states"], use_reentrant=reentrant)  # fmt: skip
         torch.manual_seed(99)
         backward(output)
-        found = [output, given["sample"].grad, given["encoder_hidden_states"].grad, *(p.grad for p in unet.parameters())]
+        found = [
+            output,
+            given["sample"].grad,
+            given["encoder_hidden_states"].grad,
+            *(p.grad for p in unet.parameters()),
+        ]
         assert_equal(dict(zip(expected, found, strict=True)), expected)
 
 

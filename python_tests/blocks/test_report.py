@@ -38,7 +38,9 @@ def test_as_text():
         "stock: mid_block.resnets.0: Conv2d has hooks",
         "outside of known blocks: time_embedding.linear_1, time_embedding.linear_2",
     ]
-    assert str(rftcore.report(rftcore.restore(unet))).startswith("recompute: not accelerated; 0 blocks served\nstock: conv_in")
+    assert str(rftcore.report(rftcore.restore(unet))).startswith(
+        "recompute: not accelerated; 0 blocks served\nstock: conv_in"
+    )
 
 
 def test_a_report_changes_nothing():
@@ -94,7 +96,9 @@ def test_uncommon_builds(options):
     assert rftcore.report(unet).served
 
 
-@pytest.mark.parametrize("options", [{"mid_block_add_attention": False}, {"use_quant_conv": False, "use_post_quant_conv": False}])
+@pytest.mark.parametrize(
+    "options", [{"mid_block_add_attention": False}, {"use_quant_conv": False, "use_post_quant_conv": False}]
+)
 def test_autoencoders(options):
     vae = AutoencoderKL(
         block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=4,

@@ -9,7 +9,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from against_stock import (
-    BOUND, assert_equal, assert_same, assert_served, backward, inputs, make, pair, randomise_adapters, results, weights,
+    BOUND,
+    assert_equal,
+    assert_same,
+    assert_served,
+    backward,
+    inputs,
+    make,
+    pair,
+    randomise_adapters,
+    results,
+    weights,
 )
 from checks import relative_error
 from diffusers import AutoencoderKL
@@ -20,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import rftcore
+
 
 @pytest.mark.parametrize(("kind", "when"), [("sd1", "before"), ("sdxl", "after")])
 def test_torch_compile(kind, when, caplog):
@@ -163,7 +174,14 @@ def test_grad_scaler():
         scaler.step(optimizer)
         scaler.update()
         assert scaler.get_scale() == 256
-        found.append([loss.detach(), loss.detach(), loss.detach(), *(a - b for a, b in zip(before, model.parameters(), strict=True))])
+        found.append(
+            [
+                loss.detach(),
+                loss.detach(),
+                loss.detach(),
+                *(a - b for a, b in zip(before, model.parameters(), strict=True)),
+            ]
+        )
     loss = exact(**inputs(leaves=())).sample.pow(2).mean()
     loss.backward()
     truth = [loss.detach()] * 3 + [p.grad for p in exact.parameters()]
@@ -185,14 +203,19 @@ def test_without_gradients(context, kind):
 
 def call(model, parameters, sample):
     given = inputs(leaves=())
-    return torch.func.functional_call(model, parameters, (sample, given["timestep"], given["encoder_hidden_states"])).sample
+    return torch.func.functional_call(
+        model, parameters, (sample, given["timestep"], given["encoder_hidden_states"])
+    ).sample
 
 
 def test_functional_call_with_other_weights():
     stock, unet = pair(make(lora=False))
     own = results(unet)["output"]
     generator = torch.Generator().manual_seed(8)
-    others = {n: p.detach() + 0.05 * torch.randn(p.shape, generator=generator, dtype=p.dtype) for n, p in stock.named_parameters()}
+    others = {
+        n: p.detach() + 0.05 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+        for n, p in stock.named_parameters()
+    }
     others = {name: tensor.requires_grad_() for name, tensor in others.items()}
     found = []
     for model in (stock, unet):
@@ -229,7 +252,9 @@ def test_vmap_runs_stock():
     found = []
     for model in (stock, unet):
         with torch.no_grad():
-            found.append(torch.vmap(lambda x, model=model: model(x, 7, given["encoder_hidden_states"][:1]).sample)(noise))
+            found.append(
+                torch.vmap(lambda x, model=model: model(x, 7, given["encoder_hidden_states"][:1]).sample)(noise)
+            )
     assert relative_error(found[1], found[0]) <= BOUND
     one_by_one = torch.stack([stock(x, 7, given["encoder_hidden_states"][:1]).sample for x in noise])
     assert relative_error(found[1], one_by_one) <= BOUND
@@ -405,7 +430,10 @@ def test_training_steps():
             loss.backward()
             optimizer.step()
         found.append({"loss": loss.detach()} | {n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
-    assert max(relative_error(mine, expected) for mine, expected in zip(found[1].values(), found[0].values(), strict=True)) < 1e-9
+    assert (
+        max(relative_error(mine, expected) for mine, expected in zip(found[1].values(), found[0].values(), strict=True))
+        < 1e-9
+    )
 
 
 @pytest.mark.parametrize("tiling", [False, True])
@@ -413,8 +441,8 @@ def test_an_autoencoder(tiling):
     """Encoded, decoded, sliced and tiled."""
     vae = randomise_norms(
         AutoencoderKL(
-            block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-            norm_num_groups=4, sample_size=16,
+            block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, sample_size=16,
         ).double().eval()
     )  # fmt: skip
     stock, vae = pair(vae)
@@ -427,6 +455,8 @@ def test_an_autoencoder(tiling):
         image = torch.linspace(-1, 1, 2 * 3 * 24 * 20, dtype=torch.float64).sin().view(2, 3, 24, 20).requires_grad_()
         latents = model.encode(image).latent_dist.mode()
         output = model.decode(latents).sample
-        found.append(dict(enumerate([output, *torch.autograd.grad(output, [image, *model.parameters()], weights(output))])))
+        found.append(
+            dict(enumerate([output, *torch.autograd.grad(output, [image, *model.parameters()], weights(output))]))
+        )
     assert_equal(found[1], found[0])
     assert_served(vae)

@@ -23,7 +23,9 @@ def problem(unused):
 
 def loss_of(unet, part):
     arguments = inputs(batch=BATCH, leaves=())
-    return unet(*(arguments[name][part] for name in ("sample", "timestep", "encoder_hidden_states"))).sample.pow(2).mean()
+    return (
+        unet(*(arguments[name][part] for name in ("sample", "timestep", "encoder_hidden_states"))).sample.pow(2).mean()
+    )
 
 
 def gradients(unet):
@@ -36,7 +38,9 @@ def main(output):
     results = {}
     for case in ("before", "after", "DistributedDataParallel", "unused", "block"):
         unused = case == "unused"
-        accelerator = Accelerator(cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)])
+        accelerator = Accelerator(
+            cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)]
+        )
         several = accelerator.num_processes > 1
         unet = problem(unused)
         if several and case != "after":
@@ -56,7 +60,9 @@ def main(output):
         with accelerator.no_sync(unet):
             accelerator.backward(loss_of(unet, first) / 2)
         if several:
-            results[f"{case}, not synchronised"] = {n: p.grad.clone() for n, p in unet.named_parameters() if p.grad is not None}
+            results[f"{case}, not synchronised"] = {
+                n: p.grad.clone() for n, p in unet.named_parameters() if p.grad is not None
+            }
         accelerator.backward(loss_of(unet, second) / 2)
         results[f"{case}, accumulated"] = gradients(unet)
         if several:

@@ -1,4 +1,4 @@
-"""Compiled kernels of any shape, dtype and layout: what lies around their outputs is untouched, around inputs unused."""
+"""Compiled kernels of any shape, dtype and layout: what lies around outputs is untouched, around inputs unused."""
 
 import math
 

@@ -3,7 +3,14 @@
 import pytest
 import torch
 from checks import (
-    BACKENDS, DTYPES, LAYOUTS, assert_as_good_as, laid_out, relative_error, saved_by, value_and_gradients,
+    BACKENDS,
+    DTYPES,
+    LAYOUTS,
+    assert_as_good_as,
+    laid_out,
+    relative_error,
+    saved_by,
+    value_and_gradients,
 )  # fmt: skip
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F

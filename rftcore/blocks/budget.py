@@ -200,10 +200,15 @@ def bytes_of(memory_budget: int | str) -> int:
     """
     if isinstance(memory_budget, int) and not isinstance(memory_budget, bool) and memory_budget > 0:
         return memory_budget
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*", memory_budget) if isinstance(memory_budget, str) else None
+    match = (
+        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*", memory_budget)
+        if isinstance(memory_budget, str)
+        else None
+    )
     if not match or float(match[1]) == 0:
         raise ValueError(
-            f'memory_budget={memory_budget!r}; it must be a positive number of bytes, or a text such as "264MiB" or "8GiB".'
+            f"memory_budget={memory_budget!r}; it must be a positive number of bytes, or a text such as "
+            '"264MiB" or "8GiB".'
         )
     unit = match[2] or "B"
     base = 1024 if "i" in unit else 1000

@@ -45,7 +45,16 @@ class Builder:
     def _backend(self, op: str) -> str:
         return self._backends.get(op, "auto")
 
-    def group_norm(self, name: str, x: str, norm: nn.Module, silu: bool, embedding: str | None = None, how: str | None = None, own=False) -> str:
+    def group_norm(
+        self,
+        name: str,
+        x: str,
+        norm: nn.Module,
+        silu: bool,
+        embedding: str | None = None,
+        how: str | None = None,
+        own=False,
+    ) -> str:
         """`how` is "add" or "scale_shift", for an embedding; `own`: the norm is the block."""
         modules.expect(norm, nn.GroupNorm, own=own)
         kind = kinds.GroupNorm(norm.num_groups, norm.eps, silu, how, self._backend("group_norm_silu"))

@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
+from rftcore.blocks.program import Kind
 from rftcore.ops import Geometry
 from rftcore.ops.autocast import lowered
 from rftcore.ops.frozen_conv2d import conv2d_grad_x, memory_format_of
 
 
 @dataclass(frozen=True)
-class DroppedAdapter:
+class DroppedAdapter(Kind):
     """y + scale b a dropout(n), as PEFT adds an adapter with lora_dropout while it trains.
 
     Inputs n and y; n (..., in), or an image where there is a geometry. Parameters a and b.

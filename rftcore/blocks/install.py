@@ -51,8 +51,8 @@ def accelerate(
 
     The module tree, names, state_dict, hooks, adapters and everything else stay as they are; only the forwards of known
     blocks are replaced, and `restore` puts them back. Called again, it switches to the new settings. What requires a
-    gradient is looked at when a block runs, as are adapters, hooks and masks: a block that cannot be served then runs its
-    own forward, and `report` says why.
+    gradient is looked at when a block runs, as are adapters, hooks and masks: a block that cannot be served then runs
+    its own forward, and `report` says why.
 
     Args:
         module: a UNet2DConditionModel, UNet2DModel or AutoencoderKL, which DistributedDataParallel, torch.compile,
@@ -144,7 +144,9 @@ def report(module: nn.Module) -> Report:
         else:
             stock[name] = reason
     outside = tuple(
-        name for name, layer in model.named_modules() if layer not in known and any(True for _ in layer.parameters(False))
+        name
+        for name, layer in model.named_modules()
+        if layer not in known and any(True for _ in layer.parameters(False))
     )
     return Report(recompute, tuple(fine), stock, outside)
 
@@ -192,8 +194,8 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     devices = sorted({str(p.device) for p in model.parameters()})
     if len(devices) > 1:
         raise ValueError(
-            f"module has weights on {', '.join(devices)}; they must be on one device. Move it: module.to({devices[0]!r}), "
-            "and without offloading or a device map."
+            f"module has weights on {', '.join(devices)}; they must be on one device. Move it there, without offloading "
+            f"or a device map: module.to({devices[0]!r})."
         )
     return model
 

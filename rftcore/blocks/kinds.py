@@ -6,6 +6,7 @@ made for one scale serves all.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from rftcore.blocks.program import Kind
 from rftcore.ops.attention import check, kernel_of, run_backward, run_forward
 from rftcore.ops.autocast import lowered
 from rftcore.ops.frozen_conv2d import Geometry, memory_format_of
@@ -25,8 +27,8 @@ from rftcore.ops.lora_linear import Norm, flatten, normalise, normalise_backward
 
 
 @dataclass(frozen=True)
-class GroupNorm:
-    """x (N, C, ...) and optionally an embedding (N, C) added before, or (N, 2C): scale and shift after. Weight, bias."""
+class GroupNorm(Kind):
+    """x (N, C, ...), or also an embedding: (N, C) added before, or (N, 2C), scale and shift after. Weight, bias."""
 
     cheap: ClassVar[bool] = True
     num_groups: int
@@ -67,7 +69,7 @@ class GroupNorm:
 
 
 @dataclass(frozen=True)
-class LayerNorm:
+class LayerNorm(Kind):
     """h (..., C). Weight, bias."""
 
     cheap: ClassVar[bool] = True
@@ -75,6 +77,9 @@ class LayerNorm:
 
     def reads(self, needs):
         return (0,), (), True
+
+    def unread(self):
+        return (1,)
 
     def forward(self, inputs, parameters, lower, state=None):
         n, *statistics = normalise(inputs[0], Norm(*parameters, self.eps), lower)
@@ -86,7 +91,7 @@ class LayerNorm:
 
 
 @dataclass(frozen=True)
-class Linear:
+class Linear(Kind):
     """n (..., in) and, of a single projection, optionally a residual (..., out). Parameters of the projections."""
 
     cheap: ClassVar[bool] = False
@@ -99,18 +104,21 @@ class Linear:
         trained = any(p.weight or any(a.a or a.b for a in p.adapters) for p in projections)
         return (0,) if trained else (), (), False
 
+    def unread(self):
+        lengths = [2 + 2 * count for count in self.adapters]
+        return [start + 1 for start in itertools.accumulate(lengths[:-1], initial=0)]
+
     def forward(self, inputs, parameters, lower, state=None):
-        outputs = project(inputs[0], restore(parameters, self.scales), lower)
-        state = inputs[0].shape, outputs[0].dtype
-        if self.residual:
-            outputs = [_added(outputs[0], inputs[1])]
-        return outputs, (), state
+        n, *residual = inputs
+        outputs = project(n, restore(parameters, self.scales), lower, residual=residual[0] if residual else None)
+        # The product's dtype, which a residual may have widened.
+        return outputs, (), (n.shape, lowered(n, lower))
 
     def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower):
         n, *residual = inputs
         projections = restore(parameters, self.scales)
         needs_n, *needs_residual = needs[: len(inputs)]
-        shape, dtype = state  # of the product: the residual may have widened the sum's
+        shape, dtype = state
         below, found = project_backward(
             n, projections, [g.to(dtype) for g in grads], needs_n, restore(needs[len(inputs) :], self.scales), lower
         )
@@ -119,7 +127,7 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Convolution:
+class Convolution(Kind):
     """x (N, C, H, W) and optionally a residual of the output's shape. Weight, bias, and each adapter's a and b."""
 
     cheap: ClassVar[bool] = False
@@ -131,6 +139,9 @@ class Convolution:
     def reads(self, needs):
         (p,) = restore(needs[2 if self.residual else 1 :], [self.scales])
         return (0,) if p.weight or any(a.a or a.b for a in p.adapters) else (), (), False
+
+    def unread(self):
+        return (1,)
 
     def forward(self, inputs, parameters, lower, state=None):
         x = inputs[0]
@@ -149,7 +160,7 @@ class Convolution:
 
 
 @dataclass(frozen=True)
-class Attention:
+class Attention(Kind):
     """q (B, N, heads d), k and v (B, M, heads d)."""
 
     cheap: ClassVar[bool] = False
@@ -164,7 +175,7 @@ class Attention:
         return tensor.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, d)
 
     def forward(self, inputs, parameters, lower, state=None):
-        dtype = inputs[0].dtype if lower is None else lowered(inputs[0], lower)
+        dtype = lowered(inputs[0], lower)
         q, k, v = (self._split(t.to(dtype)) for t in inputs)
         check(q, k, v)
         backend = state or kernel_of(self.backend, q, k, v)
@@ -174,14 +185,12 @@ class Attention:
     def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower):
         o, (lse,) = outputs[0], statistics
         q, k, v = (self._split(t.to(o.dtype)) for t in inputs)
-        grads = run_backward(
-            state, self._split(grads[0].to(o.dtype)), q, k, v, self._split(o), lse, self.scale, needs
-        )
+        grads = run_backward(state, self._split(grads[0].to(o.dtype)), q, k, v, self._split(o), lse, self.scale, needs)
         return [None if g is None else g.transpose(1, 2).flatten(2) for g in grads]
 
 
 @dataclass(frozen=True)
-class GEGLU:
+class GEGLU(Kind):
     """u (..., 2D): hidden states, then gate."""
 
     cheap: ClassVar[bool] = True
@@ -199,7 +208,7 @@ class GEGLU:
 
 
 @dataclass(frozen=True)
-class SiLU:
+class SiLU(Kind):
     """x, of any shape."""
 
     cheap: ClassVar[bool] = True
@@ -215,7 +224,7 @@ class SiLU:
 
 
 @dataclass(frozen=True)
-class Concatenation:
+class Concatenation(Kind):
     """Two tensors (N, C_i, ...), along the channels."""
 
     cheap: ClassVar[bool] = True
@@ -232,7 +241,7 @@ class Concatenation:
 
 
 @dataclass(frozen=True)
-class ToTokens:
+class ToTokens(Kind):
     """x (N, C, H, W) -> (N, H W, C)."""
 
     cheap: ClassVar[bool] = True
@@ -249,7 +258,7 @@ class ToTokens:
 
 
 @dataclass(frozen=True)
-class ToImage:
+class ToImage(Kind):
     """Tokens (N, H W, C) and an image (N, any, H, W) -> (N, C, H, W).
 
     Attributes:
@@ -283,7 +292,7 @@ class ToImage:
 
 
 @dataclass(frozen=True)
-class Upsampling:
+class Upsampling(Kind):
     """x (N, C, H, W), to `size`, each pixel from its nearest; twice as large where no size is given."""
 
     cheap: ClassVar[bool] = True
@@ -304,7 +313,7 @@ class Upsampling:
 
 
 @dataclass(frozen=True)
-class Padding:
+class Padding(Kind):
     """x (N, C, H, W), with zeros at the right and the bottom: (N, C, H + 1, W + 1)."""
 
     cheap: ClassVar[bool] = True
@@ -320,7 +329,7 @@ class Padding:
 
 
 @dataclass(frozen=True)
-class Quotient:
+class Quotient(Kind):
     """x / divisor."""
 
     cheap: ClassVar[bool] = True

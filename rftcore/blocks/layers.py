@@ -68,8 +68,8 @@ def layers(model: nn.Module, batch: int, height: int, width: int, dtype: torch.d
         sites = list(_sites(model))
     except (AttributeError, TypeError, IndexError) as error:
         raise ValueError(
-            f"recompute='auto' cannot divide a budget among the layers of this {type(model).__name__}, whose build it does "
-            f"not know ({error}); choose one of the other levels."
+            f"recompute='auto' cannot divide a budget among the layers of this {type(model).__name__}, whose build it "
+            f"does not know ({error}); choose one of the other levels."
         ) from error
     for site in sites:
         try:
@@ -108,7 +108,11 @@ def _skips(unet: nn.Module) -> list[tuple[int, bool]]:
         *before, last = (inner.out_channels for inner in block.resnets)
         downsamplers = getattr(block, "downsamplers", None) or ()
         # The last layer's output goes nowhere else, where a convolution that keeps nothing follows.
-        skips += [*((channels, True) for channels in before), (last, not downsamplers), *((last, True) for _ in downsamplers)]
+        skips += [
+            *((channels, True) for channels in before),
+            (last, not downsamplers),
+            *((last, True) for _ in downsamplers),
+        ]
     return skips
 
 

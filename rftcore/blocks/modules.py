@@ -19,7 +19,12 @@ from rftcore.ops.compiled import DTYPES
 # What weights and inputs may be: a subclass has operations of its own.
 TENSORS = (Tensor, nn.Parameter, FakeTensor)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_GLOBAL_HOOKS = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
+_GLOBAL_HOOKS = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
 
 
 # The forwards of the classes that we stand for, as they were when first seen.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from rftcore.ops import autocast, compiled
 
 
-class Kind(Protocol):
+class Kind:
     """What a step does. Hashable, without tensors; `lower` is autocast's dtype, or None.
 
     Attributes:
@@ -34,8 +34,12 @@ class Kind(Protocol):
             needs: which inputs and parameters, in this order, want a gradient.
         """
 
+    def unread(self) -> Sequence[int]:
+        """Positions of parameters of which the backward reads no more than the dtype."""
+        return ()
+
     def forward(self, inputs, parameters, lower, state=None) -> tuple[Sequence[Tensor], Sequence[Tensor], Any]:
-        """Outputs, statistics, and a state without tensors for the backward; given that state, the same once more."""
+        """Outputs, statistics, and a small state for the backward; given that state, the same once more."""
 
     def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower) -> Sequence[Tensor | None]:
         """Gradients of inputs and parameters, None where not needed. What `reads` does not name is None here.
@@ -79,6 +83,7 @@ class Plan(NamedTuple):
         remade: positions of the steps that run again.
         remembered: names that are wanted more than once: not to be made a third time.
         needs: for each step, which of its inputs and parameters want a gradient.
+        read_parameters: positions of the parameters whose values the backward reads.
         released: for each step, the names that the forward needs no longer after it.
     """
 
@@ -86,6 +91,7 @@ class Plan(NamedTuple):
     remade: frozenset[int]
     remembered: frozenset[str]
     needs: tuple[tuple[bool, ...], ...]
+    read_parameters: frozenset[int]
     released: tuple[tuple[str, ...], ...]
 
 
@@ -132,6 +138,12 @@ def plan(program: Program, needs: tuple[bool, ...], drop: frozenset[str]) -> Pla
         # A step that runs again brings its statistics with it.
         kept.update(name for name in step.statistics if name in read and i not in remade)
 
+    read_parameters = {
+        place
+        for i, step in enumerate(steps)
+        for position, place in enumerate(step.parameters)
+        if i in remade or (any(step_needs[i]) and position not in step.kind.unread())
+    }
     readers = collections.Counter(name for i in remade for name in steps[i].inputs)
     last_use = {name: i for i, step in enumerate(steps) for name in (*step.inputs, *step.outputs, *step.statistics)}
     released = tuple(
@@ -139,10 +151,19 @@ def plan(program: Program, needs: tuple[bool, ...], drop: frozenset[str]) -> Pla
         for i in range(len(steps))
     )
     remembered = read | {name for name, count in readers.items() if count > 1}
-    return Plan(tuple(sorted(kept)), frozenset(remade), frozenset(remembered), tuple(step_needs), released)
+    return Plan(
+        tuple(sorted(kept)),
+        frozenset(remade),
+        frozenset(remembered),
+        tuple(step_needs),
+        frozenset(read_parameters),
+        released,
+    )
 
 
-def run(program: Program, inputs: Sequence[Tensor], parameters: Sequence[Tensor | None], drop: frozenset[str]) -> Tensor:
+def run(
+    program: Program, inputs: Sequence[Tensor], parameters: Sequence[Tensor | None], drop: frozenset[str]
+) -> Tensor:
     """The program's output, differentiable with respect to inputs and parameters."""
     lower = autocast.active(inputs[0].device)
     tensors = (*inputs, *parameters)
@@ -183,12 +204,17 @@ class _Program(torch.autograd.Function):
         with autocast.disabled(tensors[0].device):
             values, dtypes, states = execute(program, tensors, chosen.released, lower)
         ctx.options = program, chosen, dtypes, states, lower
-        ctx.save_for_backward(*(values[name] for name in chosen.kept), *tensors[len(program.inputs) :])
+        # Of what is not read, an alias: changing it before the backward is then no error.
+        parameters = (
+            p if p is None or i in chosen.read_parameters else p.data
+            for i, p in enumerate(tensors[len(program.inputs) :])
+        )
+        ctx.save_for_backward(*(values[name] for name in chosen.kept), *parameters)
         return values[program.output]
 
     @staticmethod
     def backward(ctx, grad):
-        # With create_graph=True the gradients require one themselves, whatever was saved: an error is then raised for it.
+        # With create_graph=True the gradients require one themselves, whatever was saved, and that is then an error.
         mark = grad.new_empty(0).requires_grad_() if torch.is_grad_enabled() else None
         return None, *_ProgramBackward.apply(ctx.options, mark, grad, *ctx.saved_tensors)
 
@@ -203,7 +229,7 @@ class _ProgramBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise compiled.differentiated_twice("an accelerated block", 'rftcore.restore(module) does')
+        raise compiled.differentiated_twice("an accelerated block", "rftcore.restore(module) does")
 
 
 class _Values:

@@ -25,9 +25,7 @@ def forward_down(block: Downsample2D, place: Place, hidden_states: Tensor, *args
     return place.stock(block, refusal, hidden_states, *args, **kwargs)
 
 
-def forward_up(
-    block: Upsample2D, place: Place, hidden_states: Tensor, output_size: int | None = None, *args, **kwargs
-):
+def forward_up(block: Upsample2D, place: Place, hidden_states: Tensor, output_size: int | None = None, *args, **kwargs):
     """In place of Upsample2D.forward."""
     b = place.builder("hidden_states")
     try:

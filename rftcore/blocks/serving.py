@@ -1,4 +1,4 @@
-"""How a block is served: its place in the accelerated module, what was asked for, and the way back to its own forward."""
+"""How a block is served: its place in the accelerated module, what was asked for, and the way to its own forward."""
 
 from __future__ import annotations
 
@@ -100,7 +100,10 @@ def _check(name: str, names: Sequence[str], inputs: Sequence[Tensor], parameters
     for argument, tensor in zip(names, inputs, strict=True):
         if tensor.dtype not in DTYPES:
             raise ValueError(
-                f"{name}: {argument} is {tensor.dtype}; it must be fp64, fp32, bf16 or fp16. Convert it: .to(torch.float32)."
+                f"{name}: {argument} is {tensor.dtype}; it must be fp64, fp32, bf16 or fp16. "
+                "Convert it: .to(torch.float32)."
             )
         if tensor.device != device:
-            raise ValueError(f"{name}: {argument} is on {tensor.device}, its weights are on {device}; move one of them.")
+            raise ValueError(
+                f"{name}: {argument} is on {tensor.device}, its weights are on {device}; move one of them."
+            )

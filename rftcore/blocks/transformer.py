@@ -95,11 +95,13 @@ def write(b: Builder, block: Transformer2DModel, x: str, conditioned: bool) -> s
     if block.use_linear_projection:
         p = b.linear(["p"], h, [block.proj_out])
         return b.step(kinds.ToImage(contiguous=True, residual=True), [p, x], ["transformer"])
-    return b.convolution("transformer", b.step(kinds.ToImage(contiguous=True, residual=False), [h, x], ["p"]), block.proj_out, x)
+    return b.convolution(
+        "transformer", b.step(kinds.ToImage(contiguous=True, residual=False), [h, x], ["p"]), block.proj_out, x
+    )
 
 
 def write_block(b: Builder, block: BasicTransformerBlock, i: int, conditioned: bool) -> str:
-    """Writes the i-th block's steps, from the value "i.h" (B, N, C) to "i+1.h", whose name it returns. Raises: Unserved."""
+    """Writes the i-th block's steps, from the value "i.h" (B, N, C) to "i+1.h", which it returns. Raises: Unserved."""
     if block.norm_type != "layer_norm" or block.pos_embed is not None:
         raise Unserved(f"norm_type={block.norm_type!r} or a positional embedding")
     if block.only_cross_attention or block._chunk_size is not None:

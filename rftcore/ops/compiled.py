@@ -81,11 +81,12 @@ def reasons(module: str, device_type: str, argument: str) -> Callable[..., list[
 
 
 def differentiate(reference: Callable, tensors: Sequence, needs: Sequence[bool], grad: Tensor) -> list:
-    """Gradients of those `tensors` that need one, None for the others, by autograd through a reference run once more."""
+    """Gradients of those `tensors` that need one, None for the others, by autograd through `reference`, run again."""
     leaves = [t.detach().requires_grad_() if needed else t for t, needed in zip(tensors, needs, strict=True)]
     with torch.enable_grad():
         output = reference(*leaves)
-    found = iter(torch.autograd.grad(output, [leaf for leaf, needed in zip(leaves, needs, strict=True) if needed], grad))
+    wanted = [leaf for leaf, needed in zip(leaves, needs, strict=True) if needed]
+    found = iter(torch.autograd.grad(output, wanted, grad))
     return [next(found) if needed else None for needed in needs]
 
 

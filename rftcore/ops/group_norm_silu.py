@@ -93,7 +93,7 @@ def group_norm_silu_forward(x, weight, bias, channel_bias, scale, shift, num_gro
 def group_norm_silu_backward(
     grad_y, x, weight, bias, channel_bias, scale, shift, num_groups, eps, silu, mean, inverse_deviation, backend, needs
 ):
-    """Gradients of the six tensors x to shift, None where `needs` says so; arguments as the forward had and gave them."""
+    """Gradients of the six tensors x to shift, None where not needed; arguments as the forward had and gave them."""
     tensors = (x, weight, bias, channel_bias, scale, shift)
     compiled.check_gradient("group_norm_silu", grad_y, x)
     if backend == "cpu":
