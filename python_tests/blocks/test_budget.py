@@ -104,6 +104,25 @@ def test_builds_it_does_not_know_run(options):
     assert_same(ours, stock, lambda: inputs("unconditional"))
 
 
+def test_a_layer_that_runs_otherwise_than_planned_is_not_planned_for_again(choices):
+    unet = UNet2DModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        add_attention=False,
+    ).double()
+    rftcore.accelerate(unet, "auto", memory_budget="1MiB")
+    x = torch.randn(1, 16, 8, 8, dtype=torch.double, requires_grad=True)
+    for _ in range(3):
+        unet.up_blocks[1].resnets[0](torch.cat([x, x, x], dim=1), torch.zeros(1, 64).double())
+    assert len(choices) == 1
+
+
 def test_copies_keep_to_it():
     unet = rftcore.accelerate(make(), "auto", memory_budget="250KiB")
     copied = copy.deepcopy(unet)

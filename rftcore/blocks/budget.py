@@ -6,7 +6,6 @@ price in FLOPs a byte, and the cheapest are made again until what is kept fits.
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import weakref
 from collections.abc import Iterator
@@ -41,8 +40,7 @@ class Item(NamedTuple):
     flops: int
 
 
-@dataclasses.dataclass
-class Costs:
+class Costs(NamedTuple):
     """What a layer keeps where it makes nothing again (bytes), and what it could make again."""
 
     kept: int
@@ -107,7 +105,7 @@ class Choice(NamedTuple):
 
     program: Program
     wants: tuple[bool, ...]
-    drop: frozenset[str]
+    drop: frozenset[str] | None
 
 
 class Budget:
@@ -155,7 +153,10 @@ class Budget:
             self._scales = layers.scales(self._model())
             self._choices[key] = self._choose(*key)
             choice = self._choices[key].get(name)
-        return choice.drop if choice is not None and choice.program == program else None
+            if choice is None or choice[:2] != (program, wants):
+                # It runs otherwise than its build says: remembered, not to be planned for on every call.
+                choice = self._choices[key][name] = Choice(program, wants, None)
+        return choice.drop
 
     def _choose(self, batch, height, width, dtype, lower) -> dict[str, Choice]:
         # Not for the eyes of a mode that counts or changes what the model does.
@@ -200,11 +201,8 @@ def bytes_of(memory_budget: int | str) -> int:
     """
     if isinstance(memory_budget, int) and not isinstance(memory_budget, bool) and memory_budget > 0:
         return memory_budget
-    match = (
-        re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*", memory_budget)
-        if isinstance(memory_budget, str)
-        else None
-    )
+    text = memory_budget if isinstance(memory_budget, str) else ""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*", text)
     if not match or float(match[1]) == 0:
         raise ValueError(
             f"memory_budget={memory_budget!r}; it must be a positive number of bytes, or a text such as "

@@ -194,7 +194,7 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     devices = sorted({str(p.device) for p in model.parameters()})
     if len(devices) > 1:
         raise ValueError(
-            f"module has weights on {', '.join(devices)}; they must be on one device. Move it there, without offloading "
+            f"module has weights on {', '.join(devices)}; they must be on one device. Move it, without offloading "
             f"or a device map: module.to({devices[0]!r})."
         )
     return model

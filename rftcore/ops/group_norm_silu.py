@@ -134,7 +134,7 @@ class _GroupNormSiLUBackward(torch.autograd.Function):
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    return x.movedim(1, -1).is_contiguous() and not x.is_contiguous()
+    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
 def _dense(x: Tensor, channels_last: bool) -> Tensor:
