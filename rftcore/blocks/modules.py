@@ -18,7 +18,6 @@ from rftcore.ops.compiled import DTYPES
 
 # What weights and inputs may be: a subclass has operations of its own.
 TENSORS = (Tensor, nn.Parameter, FakeTensor)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _GLOBAL_HOOKS = (
     "_global_forward_hooks",
     "_global_forward_pre_hooks",
@@ -51,8 +50,14 @@ def check_hooks(module: nn.Module, own: bool = False) -> None:
     Args:
         own: whether a forward of ours may be in its place.
     """
+    # Run for every layer on every call: no generators and no attributes looked up the long way.
     attributes = module.__dict__
-    if any(attributes[name] for name in _HOOKS):
+    if (
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+    ):
         raise Unserved(f"{_kind(module)} has hooks")
     if "_conv_forward" in attributes or ("forward" in attributes and not (own and served(module))):
         raise Unserved(f"{_kind(module)} has a forward of its own")
@@ -60,7 +65,8 @@ def check_hooks(module: nn.Module, own: bool = False) -> None:
 
 
 def _check_class(kind: type) -> None:
-    if kind.forward is not _FORWARDS.setdefault(kind, kind.forward):
+    forward = kind.forward
+    if forward is not _FORWARDS.setdefault(kind, forward):
         raise Unserved(f"{kind.__name__}.forward was replaced")
 
 
@@ -129,9 +135,12 @@ def _kind(module) -> str:
 
 
 def _tensor(module: nn.Module, name: str) -> Tensor | None:
-    tensor = getattr(module, name)
+    # None is not in place of an attribute that holds something else.
+    tensor = module._parameters.get(name)
     if tensor is None:
-        return None
+        tensor = getattr(module, name)
+        if tensor is None:
+            return None
     if type(tensor) not in TENSORS:
         raise Unserved(f"the {name} of a {_kind(module)} is a {type(tensor).__name__}")
     if tensor.dtype not in DTYPES or tensor.layout != torch.strided:
@@ -151,7 +160,7 @@ def _base_and_adapters(
         raise Unserved(f"{_kind(module)}{layer} in place of {plain.__name__}")
     check_hooks(module, own)
     # A layer at the model's end that was served before PEFT wrapped it.
-    base = expect(module.base_layer, plain, own=own)
+    base = expect(module._modules.get("base_layer"), plain, own=own)
     active = list(_active_adapters(module, plain))
     adapters = tuple(adapter for p, adapter in active if p == 0)
     return base, adapters, tuple(dropped for dropped in active if dropped.p > 0)
@@ -165,23 +174,27 @@ def _active_adapters(layer: BaseTunerLayer, plain: type) -> Iterable[Dropped]:
         return
     if layer.merged:
         return
-    if getattr(layer, "fan_in_fan_out", False):
+    attributes, children = layer.__dict__, layer._modules
+    if attributes.get("fan_in_fan_out"):
         raise Unserved("an adapter has fan_in_fan_out")
-    if not getattr(layer, "cast_input_dtype_enabled", True):
+    if not attributes.get("cast_input_dtype_enabled", True):
         raise Unserved("an adapter's input cast is switched off")
-    variants = getattr(layer, "lora_variant", {})
+    variants = attributes.get("lora_variant") or children.get("lora_variant") or {}
+    doras = attributes.get("use_dora") or {}
+    all_a, all_b, dropouts = (children[name]._modules for name in ("lora_A", "lora_B", "lora_dropout"))
     for name in layer.active_adapters:
-        if name not in layer.lora_A:
+        if name not in all_a:
             continue
-        if name in variants or (getattr(layer, "use_dora", None) or {}).get(name):
+        if name in variants or doras.get(name):
             raise Unserved(f"adapter {name!r} is not plain LoRA ({type(variants.get(name, 'DoRA')).__name__})")
-        a, b = expect(layer.lora_A[name], plain), expect(layer.lora_B[name], plain)
-        if a.bias is not None or b.bias is not None:
+        a, b = expect(all_a[name], plain), expect(all_b[name], plain)
+        if a._parameters["bias"] is not None or b._parameters["bias"] is not None:
             raise Unserved(f"adapter {name!r} has lora_bias")
-        dropout, p = layer.lora_dropout[name], 0.0
+        dropout, p = dropouts[name], 0.0
         if type(dropout) is not nn.Identity:
             expect(dropout, nn.Dropout)
             p = dropout.p if dropout.training else 0.0
-        if isinstance(layer.scaling[name], Tensor):
+        scale = layer.scaling[name]
+        if isinstance(scale, Tensor):
             raise Unserved(f"the scaling of adapter {name!r} is a tensor")
-        yield Dropped(p, Adapter(_tensor(a, "weight"), _tensor(b, "weight"), float(layer.scaling[name])))
+        yield Dropped(p, Adapter(_tensor(a, "weight"), _tensor(b, "weight"), float(scale)))

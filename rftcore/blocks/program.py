@@ -8,6 +8,7 @@ is. Without further say (`drop`) exactly those values are kept that only a matri
 from __future__ import annotations
 
 import collections
+import contextlib
 import functools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -170,7 +171,7 @@ def run(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return _Program.apply((program, drop, lower), *tensors)
     nothing = plan(program, (False,) * len(tensors), frozenset())
-    with autocast.disabled(inputs[0].device):
+    with autocast.disabled(inputs[0].device) if lower is not None else contextlib.nullcontext():
         return execute(program, tensors, nothing.released, lower)[0][program.output]
 
 
@@ -182,12 +183,12 @@ def execute(
     values, parameters = dict(zip(program.inputs, tensors[:count], strict=True)), tensors[count:]
     dtypes = {name: tensor.dtype for name, tensor in values.items()}
     states = []
-    for step, names in zip(program.steps, released, strict=True):
-        outputs, statistics, state = step.kind.forward(
-            [values[name] for name in step.inputs], [parameters[i] for i in step.parameters], lower
-        )
-        values.update(zip((*step.outputs, *step.statistics), (*outputs, *statistics), strict=True))
-        dtypes.update((name, tensor.dtype) for name, tensor in zip(step.outputs, outputs, strict=True))
+    for (kind, ins, outs, stats, places), names in zip(program.steps, released, strict=True):
+        own = parameters[places.start : places.stop]
+        outputs, statistics, state = kind.forward([values[name] for name in ins], own, lower)
+        for name, tensor in zip(outs, outputs, strict=True):
+            values[name], dtypes[name] = tensor, tensor.dtype
+        values.update(zip(stats, statistics, strict=True))
         states.append(state)
         for name in names:
             del values[name]
@@ -249,12 +250,16 @@ class _Values:
         i = self._maker[name]
         step = self._steps[i]
         outputs, statistics, _ = step.kind.forward(
-            [self[n] for n in step.inputs], [self.parameters[p] for p in step.parameters], self._lower, self._states[i]
+            [self[n] for n in step.inputs], self.own(step), self._lower, self._states[i]
         )
         made = dict(zip((*step.outputs, *step.statistics), (*outputs, *statistics), strict=True))
         for n in self._remembered & made.keys():
             self._values.setdefault(n, made[n])
         return made[name]
+
+    def own(self, step: Step) -> Sequence[Tensor | None]:
+        """The step's parameters."""
+        return self.parameters[step.parameters.start : step.parameters.stop]
 
     def forget(self, names: Iterable[str]) -> None:
         """For the end of a step's backward: nothing before it reads what it made."""
@@ -275,7 +280,7 @@ def _differentiate(program, chosen: Plan, dtypes, states, lower, grad, saved) ->
                 [values[name] if j in of_inputs else None for j, name in enumerate(step.inputs)],
                 [values[name] if j in of_outputs else None for j, name in enumerate(step.outputs)],
                 [values[name] if of_statistics else None for name in step.statistics],
-                [values.parameters[p] for p in step.parameters],
+                values.own(step),
                 state,
                 needs,
                 lower,

@@ -76,6 +76,8 @@ class Place:
     def served(self) -> None:
         """Notes that the last call was served, and with it the blocks inside."""
         refusals = self.serving.refusals
+        if not refusals:
+            return
         for name in [name for name in refusals if name == self.name or name.startswith(f"{self.name}.")]:
             del refusals[name]
 

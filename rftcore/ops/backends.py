@@ -70,12 +70,12 @@ def is_plain(*tensors: torch.Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    return all(
-        t is None
-        or (
-            type(t) in (torch.Tensor, Parameter)
-            and not (t.is_neg() or t.is_conj() or t._is_zerotensor())
-            and (t.data_ptr() != 0 or t.numel() == 0)
-        )
-        for t in tensors
-    )
+    # A loop: a generator costs as much again as what it looks at.
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) is not torch.Tensor and type(t) is not Parameter:
+            return False
+        if t.is_neg() or t.is_conj() or t._is_zerotensor() or (t.data_ptr() == 0 and t.numel() != 0):
+            return False
+    return True

@@ -39,8 +39,12 @@ def define(
     through_dispatcher = getattr(torch.ops.rftcore, name)
 
     def call(*arguments):
-        lists = (a if isinstance(a, list) else (a,) for a in arguments)
-        tensors = (t for own in lists for t in own if isinstance(t, Tensor))
+        tensors = []
+        for a in arguments:
+            if isinstance(a, Tensor):
+                tensors.append(a)
+            elif isinstance(a, list):
+                tensors.extend(t for t in a if isinstance(t, Tensor))
         return (in_place or function)(*arguments) if backends.is_plain(*tensors) else through_dispatcher(*arguments)
 
     return call

@@ -68,13 +68,13 @@ def convolve(
     lower: torch.dtype | None,
 ) -> Tensor:
     """The convolution and its adapters, where nothing records a graph; `lower` is autocast's dtype."""
-
-    def cast(tensor):
-        return tensor if tensor is None else tensor.to(autocast.lowered(tensor, lower))
-
-    y = F.conv2d(cast(x), cast(weight), cast(bias), *geometry)
+    if lower is None:
+        y = F.conv2d(x, weight, bias, *geometry)
+    else:
+        base = (t if t is None else t.to(autocast.lowered(t, lower)) for t in (x, weight, bias))
+        y = F.conv2d(*base, *geometry)
     for a, b, scale in adapters:
-        h = _shrink(x, cast(a), geometry)
+        h = _shrink(x, a.to(autocast.lowered(a, lower)), geometry)
         y.add_(F.conv2d(h, b.to(h.dtype), groups=geometry.groups), alpha=scale)
     return y
 
