@@ -215,8 +215,10 @@ class _Program(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        if not torch.is_grad_enabled():
+            return None, *_backward(ctx.options, grad, ctx.saved_tensors)
         # With create_graph=True the gradients require one themselves, whatever was saved, and that is then an error.
-        mark = grad.new_empty(0).requires_grad_() if torch.is_grad_enabled() else None
+        mark = grad.new_empty(0).requires_grad_()
         return None, *_ProgramBackward.apply(ctx.options, mark, grad, *ctx.saved_tensors)
 
 
@@ -225,12 +227,16 @@ class _ProgramBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, options, mark, grad, *saved):
-        with autocast.disabled(grad.device):
-            return tuple(_differentiate(*options, grad, saved))
+        return _backward(options, grad, saved)
 
     @staticmethod
     def backward(ctx, *grads):
         raise compiled.differentiated_twice("an accelerated block", "rftcore.restore(module) does")
+
+
+def _backward(options, grad, saved) -> tuple[Tensor | None, ...]:
+    with autocast.disabled(grad.device):
+        return tuple(_differentiate(*options, grad, saved))
 
 
 class _Values:
