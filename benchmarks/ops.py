@@ -49,6 +49,32 @@ def geglu_cases(shape):
     return pair(columns, ops.geglu, geglu_chain, (u,), torch.randn(*shape[:-1], shape[-1] // 2))
 
 
+def lora_chain(x, norm_weight, norm_bias, weights, *adapters):
+    """As diffusers' Attention and PEFT compute queries, keys and values from hidden states."""
+    n = F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, EPS)
+    outputs = []
+    for weight, a, b in zip(weights, adapters[::2], adapters[1::2], strict=True):
+        outputs.append(F.linear(n, weight) + F.linear(F.linear(n, a), b) * 1.0)
+    return torch.cat(outputs, dim=-1)
+
+
+def lora_op(x, norm_weight, norm_bias, weights, *adapters):
+    projections = [
+        ops.Projection(weight, None, (ops.Adapter(a, b, 1.0),))
+        for weight, a, b in zip(weights, adapters[::2], adapters[1::2], strict=True)
+    ]
+    return torch.cat(ops.lora_linears(x, projections, ops.Norm(norm_weight, norm_bias, EPS)), dim=-1)
+
+
+def lora_cases(shape, rank):
+    width = shape[-1]
+    x, norm = torch.randn(shape, requires_grad=True), torch.randn(2, width)
+    adapters = [torch.randn(size) for _ in range(3) for size in ((rank, width), (width, rank))]
+    inputs = (x, *norm, torch.randn(3, width, width) / width**0.5, *(t.requires_grad_() for t in adapters))
+    columns = {"op": f"lora_linears, q, k, v, r={rank}", "shape": str(shape), "format": "contiguous_format"}
+    return pair(columns, lora_op, lora_chain, inputs, torch.randn(*shape[:-1], 3 * width))
+
+
 def pair(columns, op, chain, inputs, grad):
     return [Case("rftcore", step(op, inputs, grad), columns), Case("eager", step(chain, inputs, grad), columns)]
 
@@ -63,6 +89,7 @@ def main() -> None:
     resnet = [(2, 128, 64, 64), (2, 256, 32, 32), (2, 320, 64, 64), (2, 640, 32, 32)]
     pairs = [group_norm_cases(s, f) for s in resnet for f in (torch.contiguous_format, torch.channels_last)]
     pairs += [geglu_cases(shape) for shape in ((2, 4096, 1024), (2, 1024, 2048), (2, 4096, 2560))]
+    pairs += [lora_cases(shape, rank) for shape in ((2, 4096, 320), (2, 1024, 640)) for rank in (4, 16)]
     rows = []
     for cases in pairs:
         ours, eager = compare(cases, repeats=arguments.repeats, warmup=5)

@@ -123,6 +123,18 @@ def test_a_layer_that_runs_otherwise_than_planned_is_not_planned_for_again(choic
     assert len(choices) == 1
 
 
+def test_two_odd_layers_do_not_drive_each_other_out(choices):
+    unet = rftcore.accelerate(make(layers_per_block=2), "auto", memory_budget="1MiB")
+    for inner in unet.up_blocks[1].resnets:
+        inner.register_forward_hook(lambda module, args, output: None)
+    for _ in range(2):
+        unet(**inputs())
+    seen = len(choices)
+    for _ in range(3):
+        unet(**inputs())
+    assert len(choices) == seen
+
+
 def test_copies_keep_to_it():
     unet = rftcore.accelerate(make(), "auto", memory_budget="250KiB")
     copied = copy.deepcopy(unet)

@@ -1,13 +1,16 @@
 """Inputs that do not fit each other, and classes that were changed: stock's behaviour, not another one."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
 from against_stock import assert_equal, assert_same, backward, inputs, make, pair, results
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import AttnProcessor2_0
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
 
 import rftcore
 
@@ -71,6 +74,58 @@ def test_a_block_that_was_given_another_class():
         model.mid_block.attentions[0].transformer_blocks[0].__class__ = _Doubled
     assert_same(ours, stock)
     assert "_Doubled" in str(rftcore.report(ours))
+
+
+@pytest.mark.parametrize("kind", [FeedForward, Attention, Upsample2D])
+def test_a_class_that_was_patched_before_any_call(kind):
+    """In a process of its own: here these classes have long been seen."""
+    code = f"""
+import sys; sys.path[:0] = {sys.path!r}
+import copy, torch, rftcore, rftcore.blocks
+from against_stock import assert_equal, make, results
+from {kind.__module__} import {kind.__name__} as kind
+original = kind.forward
+kind.forward = lambda self, *args, **kwargs: 1.5 * original(self, *args, **kwargs)
+stock = make()
+unet = rftcore.accelerate(copy.deepcopy(stock))
+assert_equal(results(unet), results(stock))
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_who_looks_at_the_norms_output_sees_it():
+    def double(y):
+        y.mul_(2)
+
+    def triple_gradient(y):
+        y.register_hook(lambda gradient: 3 * gradient)
+
+    for look in (double, triple_gradient, torch.Tensor.retain_grad):
+        stock, ours = pair(make())
+        for model in (stock, ours):
+            model.conv_act.register_forward_pre_hook(lambda module, args, look=look: look(args[0]))
+        assert_same(ours, stock)
+
+
+def test_a_hook_in_the_place_of_dropout():
+    stock, ours = pair(make())
+    for model in (stock, ours):
+        layer = model.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+        layer.lora_dropout["default"].register_forward_hook(lambda module, args, output: 2 * output)
+    assert_same(ours, stock)
+
+
+def test_a_shallow_copy_of_a_block_that_is_gone_says_so():
+    block = rftcore.accelerate(make()).mid_block.resnets[0]
+    shallow = copy.copy(block)
+    del block
+    with pytest.raises(RuntimeError, match="copy.deepcopy"):
+        shallow(torch.randn(1, 32, 4, 4).double(), torch.randn(1, 64).double())
+
+
+def test_data_parallel_is_refused():
+    with pytest.raises(ValueError, match="DistributedDataParallel"):
+        rftcore.accelerate(torch.nn.DataParallel(make()))
 
 
 @pytest.mark.parametrize(

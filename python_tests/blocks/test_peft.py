@@ -246,6 +246,20 @@ def test_dropout(p, recompute, targets):
         assert_same(unet, stock)
 
 
+@pytest.mark.parametrize(
+    ("kind", "targets"), [("sd2", ["proj_in"]), ("sdxl", ["proj_in", "to_q", "conv1"]), ("unconditional", ["conv1"])]
+)
+def test_dropout_in_front_of_what_is_a_view(kind, targets):
+    """Masks are drawn in the order of memory, and tokens of an image may be a view of it."""
+    stock, unet = pair(adapt(plain(kind), targets, lora_dropout=0.3).train())
+    expected, found = [], []
+    for model, into in ((stock, expected), (unet, found)):
+        torch.manual_seed(5)
+        into.append(results(model, inputs(kind)))
+    assert_equal(found[0], expected[0])
+    assert_served(unet)
+
+
 def test_dropout_under_a_checkpoint():
     """Which draws the masks twice itself."""
     stock, unet = pair(adapt(plain(), EVERYTHING, lora_dropout=0.4).train(), recompute="block")

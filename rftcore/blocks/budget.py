@@ -128,7 +128,8 @@ class Budget:
         return None if copied is None else Budget(copied, self._bytes)
 
     def __reduce__(self):
-        return Budget, (self._model(), self._bytes)
+        """With the model; a block that outlived its model has none to share a budget with."""
+        return (type(None), ()) if self._model() is None else (Budget, (self._model(), self._bytes))
 
     def drop(self, name: str, program: Program, parameters, x: Tensor, lower: torch.dtype | None):
         """The values that the layer of this name makes again; None for a layer that is not known.
@@ -151,11 +152,14 @@ class Budget:
         if choice is None or choice[:2] != (program, wants):
             # Adapters have come or gone, or what is trained has changed.
             self._scales = layers.scales(self._model())
-            self._choices[key] = self._choose(*key)
-            choice = self._choices[key].get(name)
+            planned = self._choose(*key)
+            choice = planned.get(name)
             if choice is None or choice[:2] != (program, wants):
                 # It runs otherwise than its build says: remembered, not to be planned for on every call.
-                choice = self._choices[key][name] = Choice(program, wants, None)
+                choice = Choice(program, wants, None)
+            before = self._choices.get(key, {})
+            odd = {other: old for other, old in before.items() if old.drop is None}
+            self._choices[key] = {**planned, **odd, name: choice}
         return choice.drop
 
     def _choose(self, batch, height, width, dtype, lower) -> dict[str, Choice]:

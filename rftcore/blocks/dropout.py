@@ -1,4 +1,8 @@
-"""An adapter with dropout in front: the mask is drawn again from the generator's state, not kept."""
+"""An adapter with dropout in front: the mask is drawn again from the generator's state, not kept.
+
+It is the mask that PEFT draws from the same state, except where activations are channels_last: there some layers of
+diffusers' fall back to the contiguous format and ours do not, and a mask is drawn in the order of memory.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from torch.nn.grad import conv2d_weight
 from rftcore.blocks.program import Kind
 from rftcore.ops import Geometry
 from rftcore.ops.autocast import lowered
-from rftcore.ops.frozen_conv2d import conv2d_grad_x, memory_format_of
+from rftcore.ops.frozen_conv2d import conv2d_grad_x
 
 
 @dataclass(frozen=True)
@@ -37,8 +41,9 @@ class DroppedAdapter(Kind):
         n, y = inputs
         a, b = (t.to(lowered(t, lower)) for t in parameters)
         if state is None:
-            like = (n.shape, parameters[0].dtype, n.device, memory_format_of(n, n) if self.geometry else None)
-            state = _generator_state(n.device), like, y.dtype
+            # The strides that dropout's own noise has.
+            like = n.shape, torch.empty_like(n, device="meta").stride(), parameters[0].dtype, n.device
+            state = _generator_state(n.device), like
             mask = self._draw(like)
         else:
             mask = self._drawn_again(state)
@@ -62,8 +67,9 @@ class DroppedAdapter(Kind):
                 grad_b = (g.flatten(0, -2).t() @ self._shrink(dropped, a).flatten(0, -2)) * self.scale
         else:
             narrow, pointwise = self._geometries()
-            memory_format = state[1][-1]
-            size = state[1][0][2:]
+            shape, strides, *_ = state[1]
+            memory_format = torch.channels_last if strides[1] == 1 and shape[1] > 1 else torch.contiguous_format
+            size = shape[2:]
             below = conv2d_grad_x(g, b, pointwise, g.shape[2:], memory_format) * self.scale  # (N, r, H', W')
             if needs_n:
                 grad_n = conv2d_grad_x(below, a, narrow, size, memory_format).to(mask.dtype) * mask
@@ -86,15 +92,13 @@ class DroppedAdapter(Kind):
 
     def _draw(self, like) -> Tensor:
         """What dropout multiplies by: 0, or 1 / (1 - p)."""
-        shape, dtype, device, memory_format = like
-        ones = torch.ones(shape, dtype=dtype, device=device)
-        if memory_format is not None:
-            ones = ones.contiguous(memory_format=memory_format)
+        shape, strides, dtype, device = like
+        ones = torch.empty_strided(shape, strides, dtype=dtype, device=device).fill_(1)
         return F.dropout(ones, self.p, training=True)
 
     def _drawn_again(self, state) -> Tensor:
-        generator, like, _ = state
-        with _restored(generator, like[2]):
+        generator, like = state
+        with _restored(generator, like[-1]):
             return self._draw(like)
 
 

@@ -36,7 +36,7 @@ def forward_norm(norm: nn.GroupNorm, place: Place, x: Tensor):
     else:
         y = place.run(b, [x])
         if y.requires_grad:
-            y.rftcore_normalised = norm, x
+            y.rftcore_normalised = norm, x, y._version
         return y
     return place.stock(norm, refusal, x)
 
@@ -50,7 +50,7 @@ def forward_silu(activation: nn.SiLU, place: Place, y: Tensor):
     try:
         modules.check_own(activation, nn.SiLU)
         check_call(y)
-        norm, x = getattr(y, "rftcore_normalised", (None, None))
+        norm, x = _origin(activation, y)
         if norm is not None:
             _write(b, norm, x, silu=True)
     except Unserved as reason:
@@ -59,6 +59,13 @@ def forward_silu(activation: nn.SiLU, place: Place, y: Tensor):
         place.served()
         return place.run(b, [x]) if norm is not None else nn.SiLU.forward(activation, y)
     return place.stock(activation, refusal, y)
+
+
+def _origin(activation: nn.SiLU, y: Tensor) -> tuple[nn.GroupNorm | None, Tensor | None]:
+    """The norm that made y and its input, where nobody looks at y itself, or changed it."""
+    norm, x, version = getattr(y, "rftcore_normalised", (None, None, None))
+    watched = activation._forward_pre_hooks or activation._backward_pre_hooks or y._backward_hooks or y.retains_grad
+    return (None, None) if norm is None or watched or y._version != version else (norm, x)
 
 
 def _write(b, norm: nn.GroupNorm, x: Tensor, silu: bool) -> None:

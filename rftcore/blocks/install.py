@@ -180,6 +180,11 @@ def _refusal(block: nn.Module, place: Place) -> str | None:
 def _unwrapped(module: nn.Module) -> nn.Module:
     """The model under what may be wrapped around it."""
     model, wrapped = module, None
+    if isinstance(module, nn.DataParallel):
+        raise ValueError(
+            "module is in nn.DataParallel, whose replicas would all run the first one's weights; use "
+            "DistributedDataParallel, by `accelerate launch` or torchrun."
+        )
     while isinstance(model, nn.Module) and model is not wrapped:
         # keep_torch_compile=True would take DistributedDataParallel out of a compiled model, for good.
         wrapped, model = model, extract_model_from_parallel(model, keep_torch_compile=False)

@@ -40,6 +40,9 @@ class GroupNorm(Kind):
     def reads(self, needs):
         return range(1 if self.embedding is None else 2), (), True
 
+    def unread(self):
+        return () if self.silu else (1,)
+
     def _arguments(self, inputs, parameters):
         x, *embedding = inputs
         add = scale = shift = None

@@ -6,6 +6,14 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
+from diffusers.models.activations import GEGLU
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, CrossAttnUpBlock2D, UpBlock2D
+from diffusers.models.upsampling import Upsample2D
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -26,10 +34,15 @@ _GLOBAL_HOOKS = (
 )
 
 
-# The forwards of the classes that we stand for, as they were when first seen.
+# The forwards of the classes that we stand for, as they are when this is imported.
 _FORWARDS: dict[type, Callable] = {
     kind: kind.forward
-    for kind in (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.Dropout, lora.Linear, lora.Conv2d)
+    for kind in (
+        *(nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.Dropout, nn.Identity),
+        *(lora.Linear, lora.Conv2d),
+        *(ResnetBlock2D, Downsample2D, Upsample2D, Transformer2DModel, BasicTransformerBlock),
+        *(Attention, FeedForward, GEGLU, UpBlock2D, AttnUpBlock2D, CrossAttnUpBlock2D),
+    )
 }
 
 
@@ -65,8 +78,7 @@ def check_hooks(module: nn.Module, own: bool = False) -> None:
 
 
 def _check_class(kind: type) -> None:
-    forward = kind.forward
-    if forward is not _FORWARDS.setdefault(kind, forward):
+    if kind.forward is not _FORWARDS.get(kind):
         raise Unserved(f"{kind.__name__}.forward was replaced")
 
 
@@ -188,12 +200,10 @@ def _active_adapters(layer: BaseTunerLayer, plain: type) -> Iterable[Dropped]:
         if name in variants or doras.get(name):
             raise Unserved(f"adapter {name!r} is not plain LoRA ({type(variants.get(name, 'DoRA')).__name__})")
         a, b = expect(all_a[name], plain), expect(all_b[name], plain)
-        if a._parameters["bias"] is not None or b._parameters["bias"] is not None:
+        if a.bias is not None or b.bias is not None:
             raise Unserved(f"adapter {name!r} has lora_bias")
-        dropout, p = dropouts[name], 0.0
-        if type(dropout) is not nn.Identity:
-            expect(dropout, nn.Dropout)
-            p = dropout.p if dropout.training else 0.0
+        dropout = expect(dropouts[name], nn.Identity, nn.Dropout)
+        p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
         scale = layer.scaling[name]
         if isinstance(scale, Tensor):
             raise Unserved(f"the scaling of adapter {name!r} is a tensor")

@@ -15,6 +15,8 @@ from torch import nn
 class Served:
     """Calls `function(block, place, ...)`. A copy of the block calls it with the copy.
 
+    A shallow copy of the block (copy.copy, nn.DataParallel's replicas) shares it, and so runs the original.
+
     It does not keep the block alive, which keeps it: a model that is let go of is gone at once. torch.compile calls it
     and does not trace it: its graph breaks around the block.
 
@@ -29,7 +31,13 @@ class Served:
 
     @torch.compiler.disable(reason="rftcore serves this block; rftcore.restore(module) gives its own forward back")
     def __call__(self, *args, **kwargs):
-        return self.function(self._block(), self.place, *args, **kwargs)
+        block = self._block()
+        if block is None:
+            raise RuntimeError(
+                "a forward that rftcore.accelerate put in place was called after its block was gone, by a shallow copy "
+                "of the block or by itself; keep the block, or copy it by copy.deepcopy."
+            )
+        return self.function(block, self.place, *args, **kwargs)
 
     def __deepcopy__(self, memo):
         return Served(self.function, copy.deepcopy(self._block(), memo), copy.deepcopy(self.place, memo))
