@@ -117,7 +117,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_o):
         scale, kernel = ctx.options
-        grads = _AttentionBackward.apply(kernel, grad_o, *ctx.saved_tensors, scale, ctx.needs_input_grad[:3])
+        grads = compiled.backward(
+            _AttentionBackward, kernel, grad_o, *ctx.saved_tensors, scale, ctx.needs_input_grad[:3]
+        )
         return *grads, None, None
 
 

@@ -94,6 +94,11 @@ def differentiate(reference: Callable, tensors: Sequence, needs: Sequence[bool],
     return [next(found) if needed else None for needed in needs]
 
 
+def backward(node: type[torch.autograd.Function], *arguments):
+    """An op's backward, as a node of its own only where a graph of it is recorded (create_graph=True)."""
+    return node.apply(*arguments) if torch.is_grad_enabled() else node.forward(None, *arguments)
+
+
 def differentiated_twice(op: str, remedy: str = 'backend="reference" does') -> RuntimeError:
     """What the backward of an op's own backward raises: an error and not a wrong number."""
     return RuntimeError(

@@ -92,7 +92,7 @@ class _FrozenConv2d(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y):
-        grad_x = _FrozenConv2dBackward.apply(grad_y, *ctx.saved_tensors, ctx.options)
+        grad_x = compiled.backward(_FrozenConv2dBackward, grad_y, *ctx.saved_tensors, ctx.options)
         return grad_x.to(ctx.dtype), None, None, None
 
 

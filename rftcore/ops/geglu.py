@@ -62,7 +62,7 @@ class _GEGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_y):
-        return _GEGLUBackward.apply(grad_y, *ctx.saved_tensors)
+        return compiled.backward(_GEGLUBackward, grad_y, *ctx.saved_tensors)
 
 
 class _GEGLUBackward(torch.autograd.Function):

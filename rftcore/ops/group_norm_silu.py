@@ -117,7 +117,7 @@ class _GroupNormSiLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         needs = ctx.needs_input_grad[:6]
-        grads = _GroupNormSiLUBackward.apply(grad_y, *ctx.saved_tensors, *ctx.options, list(needs[1:]))
+        grads = compiled.backward(_GroupNormSiLUBackward, grad_y, *ctx.saved_tensors, *ctx.options, list(needs[1:]))
         return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None, None, None
 
 

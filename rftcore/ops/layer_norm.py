@@ -55,7 +55,7 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         needs = ctx.needs_input_grad[:3]
-        grads = _LayerNormBackward.apply(grad_y, *ctx.saved_tensors, list(needs[1:]))
+        grads = compiled.backward(_LayerNormBackward, grad_y, *ctx.saved_tensors, list(needs[1:]))
         return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), None
 
 

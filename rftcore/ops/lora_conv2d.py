@@ -143,7 +143,7 @@ class _LoraConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_y):
         needs = ctx.needs_input_grad[1:]
-        grad_x, *others = _LoraConv2dBackward.apply(ctx.options, needs, grad_y, *ctx.saved_tensors)
+        grad_x, *others = compiled.backward(_LoraConv2dBackward, ctx.options, needs, grad_y, *ctx.saved_tensors)
         return None, None if grad_x is None else grad_x.to(ctx.dtype), *others
 
 

@@ -347,7 +347,9 @@ class _LoraLinears(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        grad_x, *others = _LoraLinearsBackward.apply(ctx.options, ctx.needs_input_grad[1:], *ctx.saved_tensors, *grads)
+        grad_x, *others = compiled.backward(
+            _LoraLinearsBackward, ctx.options, ctx.needs_input_grad[1:], *ctx.saved_tensors, *grads
+        )
         return None, None if grad_x is None else grad_x.view(ctx.shape).to(ctx.dtype), *others
 
 

@@ -168,7 +168,8 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_next, grad_log_prob, grad_divergence):
         needs = ctx.needs_input_grad[:2]
-        grads = _StepBackward.apply(
+        grads = compiled.backward(
+            _StepBackward,
             grad_next if ctx.sampled else None,
             grad_log_prob,
             grad_divergence if ctx.divergence is not None else None,
