@@ -35,9 +35,8 @@ def test_one_embedding_for_all_images():
 @pytest.mark.parametrize("channels", [12, 15, 64])
 def test_an_input_of_other_channels_is_an_error(channels):
     _, ours = pair(make())
-    for layer in (ours.conv_norm_out, ours.mid_block.resnets[0].norm1):
-        with pytest.raises((ValueError, RuntimeError)):
-            layer(torch.randn(1, channels, 8, 8, dtype=torch.double))
+    with pytest.raises((ValueError, RuntimeError)):
+        ours.conv_norm_out(torch.randn(1, channels, 8, 8, dtype=torch.double))
 
 
 def test_fp32_residuals_in_a_bf16_stream():

@@ -31,13 +31,11 @@ class Item(NamedTuple):
         price: FLOPs a byte.
         names: of the values.
         bytes: that are not kept then.
-        flops: that it takes.
     """
 
     price: float
     names: tuple[str, ...]
     bytes: int
-    flops: int
 
 
 class Costs(NamedTuple):
@@ -82,21 +80,20 @@ def costs(layer: Layer, lower: torch.dtype | None) -> Costs:
     kept = plan(program, needs, frozenset()).kept
     maker = {name: i for i, step in enumerate(program.steps) for name in step.outputs}
 
-    def price_of(i: int, seen: set[int]) -> int:
+    def flops_of(i: int, seen: set[int]) -> int:
         """FLOPs of step i and of what it reads that is not kept."""
         if i in seen:
             return 0
         seen.add(i)
         unkept = (name for name in program.steps[i].inputs if name in maker and name not in kept)
-        return flops[i] + sum(price_of(maker[name], seen) for name in unkept)
+        return flops[i] + sum(flops_of(maker[name], seen) for name in unkept)
 
     items = []
     for i, step in enumerate(program.steps):
         names = tuple(name for name in step.outputs if name in kept and not is_boundary(program, name))
         if names:
             freed = sum(sizes[name] for name in (*names, *(s for s in step.statistics if s in kept)))
-            cost = price_of(i, set())
-            items.append(Item(cost / freed, names, freed, cost))
+            items.append(Item(flops_of(i, set()) / freed, names, freed))
     return Costs(sum(sizes[name] for name in kept if name not in layer.shared), items)
 
 

@@ -33,7 +33,6 @@ _GLOBAL_HOOKS = (
     "_global_backward_pre_hooks",
 )
 
-
 # The forwards of the classes that we stand for, as they are when this is imported.
 _FORWARDS: dict[type, Callable] = {
     kind: kind.forward
