@@ -116,9 +116,9 @@ def test_results_do_not_depend_on_the_number_of_threads():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_opcheck(layout):
     u = make_input((2, 3, 8), layout=layout).detach()
-    torch.library.opcheck(torch.ops.rftcore.geglu.default, (u,))
+    torch.library.opcheck(torch.ops.rftcore.geglu.default, (u, "cpu"))
     grad = torch.ones((), dtype=u.dtype).expand(2, 3, 4)
-    torch.library.opcheck(torch.ops.rftcore.geglu_backward.default, (grad, u))
+    torch.library.opcheck(torch.ops.rftcore.geglu_backward.default, (grad, u, "cpu"))
 
 
 def test_fake_meta_functorch_and_compiled():

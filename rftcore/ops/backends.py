@@ -7,23 +7,40 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from rftcore.ops import measured
+from rftcore.ops.measured import Winner
+
 
 @dataclass(frozen=True)
 class Op:
-    """An op's backends, in order of preference, each with its `not_supported_reasons(*inputs) -> list[str]`.
+    """An op's backends, each with its `not_supported_reasons(*inputs) -> list[str]`, in order of preference.
 
-    `example(device, dtype)` gives representative inputs for `rftcore info`.
+    On a GPU the backend comes first that was measured to be the fastest for such inputs (`ops/tables/`).
+
+    Attributes:
+        example: `example(device, dtype)` gives representative inputs for `rftcore info`.
+        key: `key(*inputs)`: what the tables of measurements tell inputs apart by; None: nothing is measured.
     """
 
     name: str
     not_supported_reasons: dict[str, Callable[..., list[str]]]
     example: Callable[[str, torch.dtype], tuple] = field(repr=False)
+    key: Callable[..., str] | None = field(default=None, repr=False)
+
+    def winner(self, *inputs) -> Winner | None:
+        """What was measured to be fastest for `inputs`; None where nothing was."""
+        if self.key is None or inputs[0].device.type != "cuda":
+            return None
+        return measured.winner(self.name, self.key(*inputs), inputs[0].device)
 
     def choose(self, backend: str, *inputs) -> str:
-        """The name of the backend that serves `inputs`: the first without reasons, or the one asked for."""
+        """The name of the backend that serves `inputs`: the one asked for; else the measured or first that can."""
         if backend == "auto":
-            for name, not_supported_reasons in self.not_supported_reasons.items():
-                if not not_supported_reasons(*inputs):
+            order = self.not_supported_reasons
+            if (won := self.winner(*inputs)) is not None and won.backend in order:
+                order = (won.backend, *order)
+            for name in order:
+                if not self.not_supported_reasons[name](*inputs):
                     return name
             raise RuntimeError(f"{self.name}: no backend serves this input. {self.explain(*inputs)}")
         if backend not in self.not_supported_reasons:

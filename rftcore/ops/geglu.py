@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rftcore.ops import backends, compiled
+from rftcore.ops import backends, compiled, jit
+from rftcore.ops.measured import bucket
 
 
 def geglu(u: Tensor, *, backend: str = "auto") -> Tensor:
@@ -16,7 +17,7 @@ def geglu(u: Tensor, *, backend: str = "auto") -> Tensor:
 
     Args:
         u: (..., 2D), fp64, fp32, bf16 or fp16; diffusers' GEGLU projection: hidden states first, gate second.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "triton" or "reference".
 
     Shapes: (..., D), contiguous.
     Raises: ValueError for inputs that do not fit; RuntimeError where `backend` cannot serve them.
@@ -24,11 +25,12 @@ def geglu(u: Tensor, *, backend: str = "auto") -> Tensor:
     compiled.check_tensor("geglu", "u", u)
     if u.dim() == 0 or u.shape[-1] % 2:
         raise ValueError(f"geglu: u is {tuple(u.shape)}; it must be (..., 2D): hidden states, then gate.")
-    if OP.choose(backend, u) == "reference":
+    backend = OP.choose(backend, u)
+    if backend == "reference":
         return geglu_reference(u)
     if torch.is_grad_enabled() and u.requires_grad:
-        return _GEGLU.apply(u)
-    return _forward(u)
+        return _GEGLU.apply(u, backend)
+    return _forward(u, backend)
 
 
 def geglu_reference(u: Tensor) -> Tensor:
@@ -40,48 +42,49 @@ def geglu_reference(u: Tensor) -> Tensor:
 @torch.no_grad()
 def geglu_forward(u: Tensor, backend: str) -> Tensor:
     """The output of `geglu` by the backend of this name, which serves u; no autograd."""
-    return _forward(u) if backend == "cpu" else geglu_reference(u)
+    return geglu_reference(u) if backend == "reference" else _forward(u, backend)
 
 
 @torch.no_grad()
 def geglu_backward(grad_y: Tensor, u: Tensor, backend: str) -> Tensor:
     """The gradient of u; no autograd."""
     compiled.check_gradient("geglu", grad_y, u)
-    if backend == "cpu":
-        return _backward(grad_y, u)
-    return compiled.differentiate(geglu_reference, (u,), (True,), grad_y)[0]
+    if backend == "reference":
+        return compiled.differentiate(geglu_reference, (u,), (True,), grad_y)[0]
+    return _backward(grad_y, u, backend)
 
 
 class _GEGLU(torch.autograd.Function):
     """Saves u; the backward recomputes the rest."""
 
     @staticmethod
-    def forward(ctx, u):
+    def forward(ctx, u, backend):
+        ctx.backend = backend
         ctx.save_for_backward(u)
-        return _forward(u)
+        return _forward(u, backend)
 
     @staticmethod
     def backward(ctx, grad_y):
-        return compiled.backward(_GEGLUBackward, grad_y, *ctx.saved_tensors)
+        return compiled.backward(_GEGLUBackward, grad_y, *ctx.saved_tensors, ctx.backend), None
 
 
 class _GEGLUBackward(torch.autograd.Function):
     """The backward as a node of its own, so that differentiating it again is an error."""
 
     @staticmethod
-    def forward(ctx, grad_y, u):
-        return _backward(grad_y, u)
+    def forward(ctx, grad_y, u, backend):
+        return _backward(grad_y, u, backend)
 
     @staticmethod
     def backward(ctx, grad_u):
         raise compiled.differentiated_twice("geglu")
 
 
-def _output(u):
+def _output(u, backend):
     return u.new_empty((*u.shape[:-1], u.shape[-1] // 2))
 
 
-def _gradient(grad_y, u):
+def _gradient(grad_y, u, backend):
     return u.new_empty(u.shape)
 
 
@@ -89,25 +92,37 @@ def _problem(u):
     return compiled.DTYPES[u.dtype], math.prod(u.shape[:-1]), u.shape[-1] // 2
 
 
-def _launch_forward(u):
-    y, u = _output(u), u.contiguous()
-    compiled.launch("geglu_forward", u.device, *_problem(u), u.data_ptr(), y.data_ptr())
+def _launch_forward(u, backend):
+    y, u = _output(u, backend), u.contiguous()
+    if backend == "triton":
+        config = jit.config("geglu", OP.winner(u))
+        jit.run(u.device, jit.kernels("geglu").forward(jit.rows(u), jit.rows(y), config))
+    else:
+        compiled.launch("geglu_forward", u.device, *_problem(u), u.data_ptr(), y.data_ptr())
     return y
 
 
-def _launch_backward(grad_y, u):
-    grad_u, grad_y, u = _gradient(grad_y, u), grad_y.contiguous(), u.contiguous()
-    compiled.launch("geglu_backward", u.device, *_problem(u), u.data_ptr(), grad_y.data_ptr(), grad_u.data_ptr())
+def _launch_backward(grad_y, u, backend):
+    grad_u, grad_y, u = _gradient(grad_y, u, backend), grad_y.contiguous(), u.contiguous()
+    if backend == "triton":
+        config = jit.config("geglu", OP.winner(u))
+        jit.run(u.device, jit.kernels("geglu").backward(jit.rows(grad_y), jit.rows(u), jit.rows(grad_u), config))
+    else:
+        compiled.launch("geglu_backward", u.device, *_problem(u), u.data_ptr(), grad_y.data_ptr(), grad_u.data_ptr())
     return grad_u
 
 
-_forward = compiled.define("geglu(Tensor u) -> Tensor", _launch_forward, _output, ["CPU"])
-_backward = compiled.define("geglu_backward(Tensor grad_y, Tensor u) -> Tensor", _launch_backward, _gradient, ["CPU"])
+_DEVICES = ["CPU", "CUDA"]
+_forward = compiled.define("geglu(Tensor u, str backend) -> Tensor", _launch_forward, _output, _DEVICES)
+_backward = compiled.define(
+    "geglu_backward(Tensor grad_y, Tensor u, str backend) -> Tensor", _launch_backward, _gradient, _DEVICES
+)
 
 OP = backends.register(
     backends.Op(
         "geglu",
-        {"cpu": compiled.reasons("_cpu", "cpu", "u"), "reference": lambda u: []},
+        {"cpu": compiled.reasons("_cpu", "cpu", "u"), "triton": jit.reasons("u"), "reference": lambda u: []},
         lambda device, dtype: (torch.empty(2, 4096, 2560, device=device, dtype=dtype),),
+        lambda u: f"{u.dtype} {bucket(math.prod(u.shape[:-1]))} x {u.shape[-1]}",
     )
 )

@@ -1,0 +1,155 @@
+"""Every op as a function of tensors, beside the stock modules' formula: for tests of all backends on any device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rftcore import ops
+
+EPS = 1e-5
+
+
+class Case(NamedTuple):
+    """One op on inputs of one shape.
+
+    Attributes:
+        inputs: random fp64 tensors, each of which wants a gradient.
+        ours: op(inputs, backend); stock: what it replaces. Both return tensors.
+        question: what the op's backends are asked of these inputs.
+    """
+
+    op: str
+    inputs: Callable[[], Sequence[Tensor]]
+    ours: Callable[[Sequence[Tensor], str], Tensor]
+    stock: Callable[[Sequence[Tensor]], Tensor]
+    question: Callable[[Sequence[Tensor]], tuple] = lambda inputs: inputs[:1]
+
+
+def geglu(rows: int, columns: int) -> Case:
+    def stock(inputs):
+        hidden, gate = inputs[0].chunk(2, dim=-1)
+        return hidden * F.gelu(gate)
+
+    return Case(
+        "geglu", lambda: [normal(rows, 2 * columns)], lambda inputs, backend: ops.geglu(*inputs, backend=backend), stock
+    )
+
+
+def group_norm_silu(n: int, channels: int, height: int, width: int, groups: int, channels_last=True) -> Case:
+    def inputs():
+        x = normal(n, channels, height, width) + normal(1, channels, 1, 1)
+        x = x.to(memory_format=torch.channels_last) if channels_last else x
+        return [x, 1 + normal(channels) / 2, normal(channels), normal(n, channels)]
+
+    def ours(inputs, backend):
+        x, weight, bias, add = inputs
+        return ops.group_norm_silu(x, weight, bias, groups, EPS, channel_bias=add, backend=backend)
+
+    def stock(inputs):
+        x, weight, bias, add = inputs
+        return F.silu(F.group_norm(x + add[:, :, None, None], groups, weight, bias, EPS))
+
+    return Case("group_norm_silu", inputs, ours, stock)
+
+
+def layer_norm(rows: int, width: int) -> Case:
+    def stock(inputs):
+        return F.layer_norm(inputs[0], inputs[0].shape[-1:], *inputs[1:], EPS)
+
+    return Case(
+        "layer_norm",
+        lambda: [normal(rows, width) + 1, 1 + normal(width) / 2, normal(width)],
+        lambda inputs, backend: ops.layer_norm(*inputs, EPS, backend=backend),
+        stock,
+    )
+
+
+def lora_linear(shape: tuple[int, ...], outs: Sequence[int], ranks: Sequence[int], *, norm: bool, biased: bool) -> Case:
+    """Projections of one x to `outs` columns with an adapter of each rank, 0: none; side by side in one tensor."""
+    width = shape[-1]
+
+    def inputs():
+        found = [normal(*shape), *([1 + normal(width) / 2, normal(width)] if norm else [])]
+        for out, rank in zip(outs, ranks, strict=True):
+            found.append(normal(out, width) / width**0.5)
+            found += [normal(out)] if biased else []
+            found += [normal(rank, width) / width**0.5, normal(out, rank) / rank**0.5] if rank else []
+        return found
+
+    def parts(inputs):
+        left = iter(inputs)
+        x = next(left)
+        before = ops.Norm(next(left), next(left), EPS) if norm else None
+        projections = []
+        for rank in ranks:
+            weight, bias = next(left), next(left) if biased else None
+            adapters = (ops.Adapter(next(left), next(left), 0.7),) if rank else ()
+            projections.append(ops.Projection(weight, bias, adapters))
+        return x, projections, before
+
+    def ours(inputs, backend):
+        return torch.cat(ops.lora_linears(*parts(inputs), backend=backend), dim=-1)
+
+    def stock(inputs):
+        return torch.cat(ops.lora_linears_reference(*parts(inputs)), dim=-1)
+
+    return Case("lora_linear", inputs, ours, stock, lambda inputs: (*parts(inputs)[:2], None))
+
+
+def attention(b: int, heads: int, n: int, m: int, d: int) -> Case:
+    def ours(inputs, backend):
+        return ops.attention(*(split(t) for t in inputs), backend=backend)
+
+    def stock(inputs):
+        return F.scaled_dot_product_attention(*(split(t) for t in inputs))
+
+    def split(t):
+        return t.unflatten(-1, (heads, d)).transpose(1, 2)
+
+    return Case(
+        "attention",
+        lambda: [normal(b, n, heads * d), normal(b, m, heads * d), normal(b, m, heads * d)],
+        ours,
+        stock,
+        lambda inputs: tuple(split(t) for t in inputs),
+    )
+
+
+def normal(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64)
+
+
+SMALL = [
+    geglu(5, 33),
+    geglu(37, 256),
+    group_norm_silu(2, 40, 5, 7, 8),
+    group_norm_silu(1, 64, 16, 16, 32),
+    group_norm_silu(2, 40, 5, 7, 8, channels_last=False),
+    layer_norm(9, 70),
+    lora_linear((2, 19, 48), (48, 48, 48), (4, 4, 4), norm=True, biased=False),
+    lora_linear((37, 40), (24, 56), (0, 3), norm=False, biased=True),
+    attention(2, 2, 37, 37, 40),
+    attention(1, 2, 33, 77, 64),
+    attention(1, 1, 20, 130, 160),
+]
+# As in SD1.5 at 512 px and SDXL at 1024 px; for a GPU.
+LARGE = [
+    geglu(2 * 4096, 1280),
+    group_norm_silu(2, 320, 64, 64, 32),
+    group_norm_silu(2, 1280, 8, 8, 32),
+    group_norm_silu(1, 128, 512, 512, 32),
+    layer_norm(2 * 4096, 320),
+    lora_linear((2, 4096, 320), (320, 320, 320), (4, 4, 4), norm=True, biased=False),
+    lora_linear((2, 4096, 640), (640,), (16,), norm=False, biased=True),
+    lora_linear((2, 77, 2048), (1280, 1280), (64, 64), norm=False, biased=False),
+    attention(2, 8, 4096, 4096, 40),
+    attention(2, 8, 1024, 1024, 80),
+    attention(2, 8, 256, 256, 160),
+    attention(2, 10, 4096, 77, 64),
+    attention(2, 8, 4096, 77, 40),
+]

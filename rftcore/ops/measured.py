@@ -1,0 +1,62 @@
+"""What was measured to be fastest, per GPU architecture, op, shape and dtype.
+
+The tables lie in `tables/`, a file per architecture, and are written by `python -m benchmarks.tune`. Nothing is timed in
+a user's process.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+_TABLES = Path(__file__).parent / "tables"
+
+
+class Winner(NamedTuple):
+    """The fastest candidate for one input.
+
+    Attributes:
+        backend: its name.
+        config: the tile sizes it won with, by the name of the kernel; without an entry, the kernel's heuristic.
+    """
+
+    backend: str
+    config: dict[str, dict[str, Any]] = {}
+
+
+def bucket(count: int) -> int:
+    """The next power of two: a table's rows stand for all inputs with up to so many rows, images or tokens."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def winner(op: str, key: str, device: torch.device) -> Winner | None:
+    """What was fastest for inputs of this key on this device; None where nothing was measured."""
+    return None if device.type != "cuda" else table(architecture(device)).get(op, {}).get(key)
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """Such as "sm_90"; "unknown" where there is no such GPU (fake tensors on a machine without one)."""
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return "unknown"
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+@functools.cache
+def table(architecture: str) -> dict[str, dict[str, Winner]]:
+    """op -> key -> winner, as committed for this architecture; empty where nothing was."""
+    path = _TABLES / f"{architecture}.json"
+    return read(path) if path.exists() else {}
+
+
+def read(path: Path) -> dict[str, dict[str, Winner]]:
+    """The winners of a table's file."""
+    winners = json.loads(path.read_text())["winners"]
+    return {
+        op: {key: Winner(entry["backend"], entry.get("config", {})) for key, entry in rows.items()}
+        for op, rows in winners.items()
+    }
