@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
-_UNETS = {
+UNETS = {
     "sd15": {
         "sample_size": 64,
         "cross_attention_dim": 768,
@@ -31,6 +31,14 @@ _UNETS = {
     },
 }
 
+AUTOENCODER = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "latent_channels": 4,
+}
+
 
 def unet(name: str, lora_dtype: torch.dtype | None, rank: int = 4) -> tuple[UNet2DConditionModel, FakeTensorMode]:
     """A frozen bf16 UNet of fake tensors with LoRA on its attention, and the mode to run it in.
@@ -39,7 +47,7 @@ def unet(name: str, lora_dtype: torch.dtype | None, rank: int = 4) -> tuple[UNet
         name: "sd15" or "sdxl".
         lora_dtype: None: no adapter.
     """
-    model = _on_meta(UNet2DConditionModel, _UNETS[name])
+    model = _on_meta(UNet2DConditionModel, UNETS[name])
     if lora_dtype is not None:
         with torch.device("meta"):
             model.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(ATTENTION)))
@@ -48,19 +56,12 @@ def unet(name: str, lora_dtype: torch.dtype | None, rank: int = 4) -> tuple[UNet
 
 def autoencoder() -> tuple[AutoencoderKL, FakeTensorMode]:
     """The frozen bf16 autoencoder of SD and SDXL, of fake tensors, and the mode to run it in."""
-    options = {
-        "block_out_channels": (128, 256, 512, 512),
-        "down_block_types": ("DownEncoderBlock2D",) * 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 4,
-        "layers_per_block": 2,
-        "latent_channels": 4,
-    }
-    return _fake(_on_meta(AutoencoderKL, options), None)
+    return _fake(_on_meta(AutoencoderKL, AUTOENCODER), None)
 
 
 def unet_inputs(name: str, mode: FakeTensorMode, batch: int = 1) -> tuple[tuple, dict]:
     """Positional and keyword arguments of one evaluation at the model's own resolution; the latents require grad."""
-    options = _UNETS[name]
+    options = UNETS[name]
     size = options["sample_size"]
     with mode:
         latents = torch.randn(batch, 4, size, size, dtype=torch.bfloat16, requires_grad=True)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rftcore.ops import backends
+from rftcore.ops import backends, measured
 from rftcore.ops.measured import Winner
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def rows(tensor: torch.Tensor) -> torch.Tensor:
 
 def config(name: str, winner: Winner | None) -> Any:
     """The tile sizes that `rftcore.kernels.<name>` won with; None, for its heuristic, where nothing was measured."""
-    sizes = None if winner is None else winner.config.get(name)
+    sizes = measured.tile_sizes(name, winner)
     return None if sizes is None else kernels(name).Config(**sizes)
 
 

@@ -6,14 +6,19 @@ a user's process.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 _TABLES = Path(__file__).parent / "tables"
+
+# Tile sizes by the name of the kernel, in place of a table's, while they are tried.
+_TRIED: dict[str, dict[str, Any]] = {}
 
 
 class Winner(NamedTuple):
@@ -60,3 +65,18 @@ def read(path: Path) -> dict[str, dict[str, Winner]]:
         op: {key: Winner(entry["backend"], entry.get("config", {})) for key, entry in rows.items()}
         for op, rows in winners.items()
     }
+
+
+def tile_sizes(kernel: str, won: Winner | None) -> dict[str, Any] | None:
+    """The fields of the kernel's Config: those being tried, or those it won with; None: its heuristic's."""
+    return _TRIED.get(kernel) or (None if won is None else won.config.get(kernel))
+
+
+@contextlib.contextmanager
+def trying(kernel: str, sizes: dict[str, Any]) -> Iterator[None]:
+    """Within it the kernel runs with these tile sizes."""
+    _TRIED[kernel] = sizes
+    try:
+        yield
+    finally:
+        del _TRIED[kernel]

@@ -1,0 +1,124 @@
+"""Times every backend of every op, and every tile size of its Triton kernels, and writes the table of winners.
+
+    python -m benchmarks.tune --out rftcore/ops/tables
+
+The table is `<out>/sm_XX.json`; once it lies in rftcore/ops/tables, the ops choose by it. Shapes that it does not name
+are served in the order that `rftcore info` prints, with tile sizes by each kernel's heuristic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import clock
+from benchmarks.gpu import passes
+from benchmarks.harness import environment
+from benchmarks.workloads import Workload, workloads
+from rftcore.ops import jit, measured
+from rftcore.ops.backends import OPS
+
+_DTYPES = (torch.bfloat16, torch.float16)
+
+# Of an op, the files in kernels/ whose tile sizes are tried.
+KERNELS = {
+    "geglu": ("geglu",),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A backend with tile sizes for at most one kernel, and the seconds of both passes; infinite where it fails."""
+
+    backend: str
+    seconds: float
+    config: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+
+def trials(workload: Workload, device: torch.device, repeats: int, deadline: float) -> Iterator[Trial]:
+    """Every backend with its heuristic's tile sizes; then Triton's with every other candidate, a kernel at a time."""
+    first = workload.inputs()
+    size = sum(t.numel() * t.element_size() for t in first)
+    sets = [first, *(workload.inputs() for _ in range(clock.turns(3 * size, device) - 1))]
+
+    def timed(backend: str) -> float:
+        try:
+            both = passes(lambda tensors: workload.ours(tensors, backend), sets)
+            return sum(clock.seconds(calls, device, repeats) for calls in both)
+        except Exception as error:  # noqa: BLE001  a candidate that cannot do it loses
+            print(f"  {workload.op} {workload.shape} {backend}: {error!r}"[:300])
+            return float("inf")
+
+    backends = workload.backends(first)
+    for backend in backends:
+        yield Trial(backend, timed(backend))
+    if "triton" not in backends:
+        return
+    best: dict[str, dict[str, Any]] = {}
+    for kernel in KERNELS.get(workload.op, ()):
+        found = []
+        for config in jit.kernels(kernel).CANDIDATES:
+            if time.monotonic() > deadline:
+                return
+            sizes = {kernel: dataclasses.asdict(config)}
+            with contextlib.ExitStack() as stack:
+                for name, tried in {**best, **sizes}.items():
+                    stack.enter_context(measured.trying(name, tried))
+                found.append(Trial("triton", timed("triton"), {**best, **sizes}))
+            yield found[-1]
+        winner = min(found, key=lambda trial: trial.seconds)
+        best = dict(winner.config)
+
+
+def entry(found: list[Trial]) -> dict[str, Any]:
+    """The table's row: the winner, its tile sizes where they beat the heuristic's, and each backend's best time."""
+    won = min(found, key=lambda trial: trial.seconds)
+    best: dict[str, float] = {}
+    for trial in found:
+        best[trial.backend] = min(best.get(trial.backend, float("inf")), 1e6 * trial.seconds)
+    row: dict[str, Any] = {"backend": won.backend, "us": {name: round(us, 2) for name, us in best.items()}}
+    return {**row, "config": won.config} if won.config else row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=480, help="no new measurement is begun after so long")
+    parser.add_argument("--only", help="the ops whose names contain this")
+    parser.add_argument("--small", action="store_true", help="tiny shapes: to see that it runs, not how fast")
+    parser.add_argument("--out", type=Path, required=True, help="the folder for the table")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    device = torch.device(arguments.device)
+    deadline = time.monotonic() + arguments.seconds
+    winners: dict[str, dict[str, Any]] = {}
+    name = measured.architecture(device) if device.type == "cuda" else device.type
+    path = arguments.out / f"{name}.json"
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    for dtype in _DTYPES:
+        for workload in workloads(dtype, device, arguments.small):
+            op = OPS[workload.op]
+            if (arguments.only and arguments.only not in workload.op) or op.key is None:
+                continue
+            if time.monotonic() > deadline:
+                break
+            found = list(trials(workload, device, arguments.repeats, deadline))
+            row = winners.setdefault(workload.op, {})
+            key = op.key(*workload.question(workload.inputs()))
+            row[key] = entry(found)
+            print(f"| {workload.op} | {key} | {row[key]} |")
+            # After each: a run that is cut off leaves what it measured.
+            path.write_text(json.dumps({"environment": environment(), "winners": winners}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,44 @@
+"""The GPU's benchmark and its table of winners are made, here of tiny shapes: what it measures needs a GPU."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import gpu, tune
+from rftcore.ops import measured
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    def run(program, *arguments):
+        monkeypatch.setattr(sys, "argv", ["benchmark", "--device", "cpu", "--small", "--repeats", "1", *arguments])
+        program.main()
+
+    return run
+
+
+def test_every_op_is_timed_against_its_floor(run, tmp_path):
+    out = tmp_path / "gpu.json"
+    run(gpu, "--dtype", "fp32", "--no-compile", "--out", str(out))
+    content = json.loads(out.read_text())
+    assert not [row for row in content["ops"] + content["models"] if "error" in row]
+    ops = {row["op"] for row in content["ops"]}
+    assert ops == {"group_norm_silu", "geglu", "sampler_step", "lora_linear", "attention"}
+    for op in ops:
+        candidates = {row["candidate"] for row in content["ops"] if row["op"] == op}
+        assert {"stock", "copy of as many bytes"} < candidates
+    assert all(row["us"] > 0 and row["of_floor"] > 0 for row in content["ops"])
+    assert {row["model"] for row in content["models"]} == {"SD1.5 UNet", "VAE decoder"}
+
+
+def test_what_has_no_time_left_says_so(run, tmp_path):
+    out = tmp_path / "gpu.json"
+    run(gpu, "--part", "ops", "--seconds", "0", "--no-compile", "--out", str(out))
+    assert {row["error"] for row in json.loads(out.read_text())["ops"] if "us" not in row} == {"no time left"}
+
+
+def test_the_table_of_winners_can_be_read(run, tmp_path):
+    run(tune, "--out", str(tmp_path))
+    winners = measured.read(tmp_path / "cpu.json")
+    assert winners["geglu"]["torch.float16 8 x 64"].backend == "cpu"

@@ -1,0 +1,65 @@
+"""Tables of what was fastest decide on a GPU; without an entry, the order that is written down."""
+
+import json
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from rftcore.ops import jit, measured
+from rftcore.ops.backends import OPS, Op
+
+
+def op_of(order, refusing=()):
+    reasons = {name: lambda x, name=name: ["it refuses"] if name in refusing else [] for name in order}
+    return Op("test_op", reasons, lambda device, dtype: (), lambda x: f"{x.dtype} {measured.bucket(x.shape[0])}")
+
+
+@pytest.fixture
+def on_gpu(monkeypatch, tmp_path):
+    """A fake tensor of 5 rows on a GPU, and the table's row for it."""
+    path = tmp_path / "sm_90.json"
+    won = {"backend": "second", "config": {"geglu": {"rows": 1, "columns": 512, "num_warps": 8}}}
+    path.write_text(json.dumps({"winners": {"test_op": {"torch.float16 8": won}}}))
+    monkeypatch.setattr(measured, "table", lambda architecture: measured.read(path))
+    with FakeTensorMode():
+        yield torch.empty(5, dtype=torch.float16, device="cuda")
+
+
+def test_the_winner_comes_first(on_gpu):
+    assert op_of(["first", "second"]).choose("auto", on_gpu) == "second"
+
+
+def test_a_winner_that_cannot_serve_is_passed_over(on_gpu):
+    assert op_of(["first", "second"], refusing=["second"]).choose("auto", on_gpu) == "first"
+
+
+def test_an_explicit_request_is_not_overruled(on_gpu):
+    assert op_of(["first", "second"]).choose("first", on_gpu) == "first"
+
+
+def test_without_an_entry_the_order_decides(on_gpu):
+    assert op_of(["first", "second"]).choose("auto", on_gpu.new_empty(9)) == "first"
+    assert op_of(["first", "second"]).choose("auto", torch.empty(5, dtype=torch.float16)) == "first"
+
+
+def test_tile_sizes_come_with_the_winner_or_are_being_tried(on_gpu):
+    won = op_of(["first", "second"]).winner(on_gpu)
+    assert jit.config("geglu", won) == jit.kernels("geglu").Config(1, 512, 8)
+    assert jit.config("geglu", None) is None
+    with measured.trying("geglu", {"rows": 2, "columns": 256, "num_warps": 4}):
+        assert jit.config("geglu", won).rows == 2
+    assert jit.config("geglu", won).rows == 1
+
+
+def test_counts_share_a_row_up_to_the_next_power_of_two():
+    assert [measured.bucket(n) for n in (0, 1, 2, 3, 4, 5, 8192)] == [1, 1, 2, 4, 4, 8, 8192]
+
+
+def test_committed_tables_name_ops_and_backends_that_exist():
+    for path in measured._TABLES.glob("*.json"):
+        for name, rows in measured.read(path).items():
+            for won in rows.values():
+                assert won.backend in OPS[name].not_supported_reasons
+                for kernel, sizes in won.config.items():
+                    jit.kernels(kernel).Config(**sizes)
