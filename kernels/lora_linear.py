@@ -1,0 +1,467 @@
+"""Projections of one x that share a pass: LayerNorm in front, low-rank adapters, bias and residual behind, one rounding.
+
+y_p = n W_p^T + bias_p + scale_p (n A_p^T) B_p^T + residual, n = norm(x) rounded to x's dtype. No weight is transformed,
+joined or copied: a kernel takes up to three of each and chooses by the place of its tile, the adapters' few rows too.
+
+Projections are `(weight, bias, adapters)` with none or one `(a, b, scale)` in `adapters`, and a norm is `(weight, bias,
+eps)`, as of `rftcore.ops`. All matrices are contiguous, of x's dtype but for a and b, which may be fp32 together. The
+low-rank columns of all adapters lie side by side, in the order of their projections: h (M, sum of ranks).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from rftcore.kernels.launch import Launch, cdiv
+
+MAX_PROJECTIONS, MAX_RANK = 3, 64
+# Columns of adapters in one product; tiles that span projections hold the columns of all.
+WIDEST = 64
+
+# Where a kernel has a norm's statistics from.
+_GIVEN, _COMPUTED = tl.constexpr(1), tl.constexpr(2)
+
+
+@dataclass(frozen=True)
+class ShrinkConfig:
+    """A program's rows, and how much of them a step takes.
+
+    Attributes:
+        precision: of products of fp32 values, `tl.dot`'s input_precision.
+    """
+
+    rows: int
+    depth: int
+    num_warps: int = 4
+    num_stages: int = 3
+    precision: str = "tf32x3"
+
+
+@dataclass(frozen=True)
+class ProjectConfig:
+    """A program's tile of the outputs, and how much of x a step takes.
+
+    Attributes:
+        group: tiles of rows that pass over all columns together, for what the L2 cache keeps of either side.
+        fused: compute the statistics and the low-rank columns here; no `shrink` comes first.
+        span: a tile may cross from one projection to the next; else each starts with a tile of its own.
+        precision: of products of fp32 values, `tl.dot`'s input_precision.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    group: int = 8
+    num_warps: int = 8
+    num_stages: int = 3
+    fused: bool = False
+    span: bool = False
+    precision: str = "tf32x3"
+
+
+def shrink_heuristic(inner: int, itemsize: int) -> ShrinkConfig:
+    """Bound by reading x once: few rows a program, so that many are in flight; the second pass finds them in a cache."""
+    return ShrinkConfig(32, 64 if itemsize == 2 else 32)
+
+
+def project_heuristic(
+    rows: int, inner: int, widths: Sequence[int], ranks: Sequence[int], itemsize: int, normed: bool, capability: int = 80
+) -> ProjectConfig:
+    """Tiles for wgmma with two groups of warps, in shared memory that sm_80 has too.
+
+    The depth, and whether it is fused, decide how a value is summed and rounded: neither depends on `rows`.
+    """
+    if itemsize == 4:
+        return ProjectConfig(64, 64, 32, num_warps=4, num_stages=2)
+    total = sum(widths)
+    # One more pass over x in L2 is cheaper than a launch that reads it from memory, where few tiles share a row.
+    fused = normed and inner <= 320 and sum(ranks) <= 16
+    span = len(widths) > 1 and sum(ranks) <= WIDEST and any(width % 128 for width in widths)
+    if rows <= 1024:
+        return ProjectConfig(64, 64, 64, num_warps=4, num_stages=4, fused=fused, span=span)
+    wide = cdiv(rows, 128) * cdiv(total, 256) >= 132 and total % 256 in (0, 192)
+    columns = 256 if wide and not normed else 128
+    return ProjectConfig(128, columns, 64, num_warps=8, num_stages=3, fused=fused, span=span)
+
+
+@triton.jit
+def pick(p, first, second, third, COUNT: tl.constexpr):
+    """The one of the first COUNT that p names; of pointers too, whose alignment stays known."""
+    chosen = first
+    if COUNT > 1:
+        chosen = tl.where(p == 1, second, chosen)
+    if COUNT > 2:
+        chosen = tl.where(p == 2, third, chosen)
+    return chosen
+
+
+@triton.jit
+def owner(place, first, second, COUNT: tl.constexpr):
+    """Which of COUNT parts of a row a place is in; the first two parts have these sizes, zero also."""
+    p = (place < 0).to(tl.int32)
+    if COUNT > 1:
+        p = (place >= first).to(tl.int32)
+    if COUNT > 2:
+        p += (place >= first + second).to(tl.int32)
+    return p
+
+
+@triton.jit
+def grouped_tile(row_tiles, column_tiles, GROUP: tl.constexpr):
+    """This program's tile: GROUP tiles of rows take all columns before the next do."""
+    here = tl.program_id(0)
+    group = here // (GROUP * column_tiles)
+    first = group * GROUP
+    size = tl.minimum(row_tiles - first, GROUP)
+    place = here - group * GROUP * column_tiles
+    return first + place % size, place // size
+
+
+@triton.jit
+def _load(source, exists):
+    """Zero where it does not exist; `exists` is None where all does."""
+    if exists is None:
+        value = tl.load(source)
+    else:
+        value = tl.load(source, exists, other=0.0)
+    return value
+
+
+@triton.jit
+def normalised(value, mean, inverse_deviation, norm_weight, norm_bias, k, exists):
+    """norm(value) in fp32, zero where k does not exist; `exists` is None where all do."""
+    n = (value.to(tl.float32) - mean) * inverse_deviation
+    if norm_weight is not None:
+        n *= _load(norm_weight + k, exists).to(tl.float32)
+    if norm_bias is not None:
+        n += _load(norm_bias + k, exists).to(tl.float32)
+    if exists is not None:
+        n = tl.where(exists, n, 0.0)
+    return n
+
+
+@triton.jit
+def _statistics(source, inner, eps, ROWS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr):
+    """Mean and reciprocal deviation (ROWS, 1) of rows at `source` (ROWS, 1): parts' exact moments, merged after Chan."""
+    mean = tl.zeros((ROWS, 1), tl.float32)
+    moment = tl.zeros((ROWS, 1), tl.float32)
+    for start in range(0, inner, DEPTH):
+        k = start + tl.arange(0, DEPTH)[None, :]
+        size = tl.minimum(inner - start, DEPTH) * 1.0
+        if EVEN:
+            value = tl.load(source + k).to(tl.float32)
+        else:
+            value = tl.load(source + k, k < inner, other=0.0).to(tl.float32)
+        here = tl.sum(value, 1, keep_dims=True) / size
+        centred = value - here
+        if not EVEN:
+            centred = tl.where(k < inner, centred, 0.0)
+        before = start * 1.0
+        share = size / (before + size)
+        delta = here - mean
+        mean += delta * share
+        moment += tl.sum(centred * centred, 1, keep_dims=True) + delta * delta * (before * share)
+    return mean, tl.rsqrt(moment / inner + eps)
+
+
+@triton.jit
+def _shrink_kernel(
+    x, mean, inverse_deviation, norm_weight, norm_bias, eps, a0, a1, a2, h,
+    rows, inner, rank0, rank1, rank2,
+    COUNT: tl.constexpr, NORM: tl.constexpr, RANKS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+    exists = row < rows
+    # Rows that do not exist are copies of the last: no load has a mask for them.
+    row = tl.minimum(row, rows - 1)
+    source = x + row * inner
+    center, inverse = 0.0, 1.0
+    if NORM == _GIVEN:
+        center, inverse = tl.load(mean + row), tl.load(inverse_deviation + row)
+    if NORM == _COMPUTED:
+        center, inverse = _statistics(source, inner, eps, ROWS, DEPTH, EVEN)
+        if tl.program_id(1) == 0:
+            tl.store(mean + row, center, exists)
+            tl.store(inverse_deviation + row, inverse, exists)
+    if RANKS > 0:
+        ranks = rank0 + rank1 + rank2
+        j = tl.program_id(1) * RANKS + tl.arange(0, RANKS)[None, :]
+        q = owner(j, rank0, rank1, COUNT)
+        line = (j - pick(q, 0, rank0, rank0 + rank1, COUNT)).to(tl.int64)
+        source_a = pick(q, a0, a1, a2, COUNT) + line * inner
+        total = tl.zeros((ROWS, RANKS), tl.float32)
+        for start in range(0, inner, DEPTH):
+            k = start + tl.arange(0, DEPTH)
+            across, down = k[None, :], k[:, None]
+            if EVEN:
+                value = tl.load(source + across)
+                a = tl.load(source_a + down, j < ranks, other=0.0)
+            else:
+                value = tl.load(source + across, across < inner, other=0.0)
+                a = tl.load(source_a + down, (j < ranks) & (down < inner), other=0.0)
+            if NORM != 0:
+                known = None if EVEN else across < inner
+                n = normalised(value, center, inverse, norm_weight, norm_bias, across, known)
+                value = n.to(x.dtype.element_ty)
+            total = tl.dot(value.to(a.dtype), a, total, input_precision=PRECISION)
+        tl.store(h + row * ranks + j, total.to(h.dtype.element_ty), exists & (j < ranks))
+
+
+@triton.jit
+def _project_kernel(
+    x, mean, inverse_deviation, norm_weight, norm_bias, eps, weight0, weight1, weight2, bias0, bias1, bias2,
+    a0, a1, a2, b0, b1, b2, scale0, scale1, scale2, h, residual, y0, y1, y2,
+    rows, inner, width0, width1, width2, rank0, rank1, rank2,
+    COUNT: tl.constexpr, BIASES: tl.constexpr, NORM: tl.constexpr, FUSED: tl.constexpr, RANKS: tl.constexpr,
+    SPAN: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, LOW_RANK_PRECISION: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    if SPAN:
+        column_tiles = tl.cdiv(width0 + width1 + width2, COLUMNS)
+    else:
+        tiles0, tiles1 = tl.cdiv(width0, COLUMNS), tl.cdiv(width1, COLUMNS)
+        column_tiles = tiles0 + tiles1 + tl.cdiv(width2, COLUMNS)
+    row_tile, column_tile = grouped_tile(tl.cdiv(rows, ROWS), column_tiles, GROUP)
+    row = (row_tile * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+    row_exists = row < rows
+    # Rows and columns that do not exist are copies of the last: no load of a product has a mask for them.
+    row = tl.minimum(row, rows - 1)
+
+    # p: the projection of each column, a number where a tile has one; column: its place in it.
+    if SPAN:
+        place = column_tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        p = owner(place, width0, width1, COUNT)
+        column = place - pick(p, 0, width0, width0 + width1, COUNT)
+        first = owner(column_tile * COLUMNS, width0, width1, COUNT)
+        stop = tl.minimum((column_tile + 1) * COLUMNS, width0 + width1 + width2)
+        last = owner(stop - 1, width0, width1, COUNT)
+    else:
+        p = owner(column_tile, tiles0, tiles1, COUNT)
+        first, last = p, p
+        column = (column_tile - pick(p, 0, tiles0, tiles0 + tiles1, COUNT)) * COLUMNS
+        column += tl.arange(0, COLUMNS)[None, :]
+    width = pick(p, width0, width1, width2, COUNT)
+    column_exists = column < width
+
+    source = x + row * inner
+    source_weight = pick(p, weight0, weight1, weight2, COUNT) + tl.minimum(column, width - 1).to(tl.int64) * inner
+    center, inverse = 0.0, 1.0
+    if NORM == _GIVEN:
+        center, inverse = tl.load(mean + row), tl.load(inverse_deviation + row)
+    if NORM == _COMPUTED:
+        center, inverse = _statistics(source, inner, eps, ROWS, DEPTH, EVEN)
+        if mean is not None:
+            if column_tile == 0:
+                tl.store(mean + row, center, row_exists)
+                tl.store(inverse_deviation + row, inverse, row_exists)
+
+    # The low-rank columns of the tile's projections, from `low` on; q: whose each is.
+    if RANKS > 0:
+        low = pick(first, 0, rank0, rank0 + rank1, COUNT)
+        high = pick(last, rank0, rank0 + rank1, rank0 + rank1 + rank2, COUNT)
+    if FUSED and RANKS > 0:
+        j = low + tl.arange(0, RANKS)[None, :]
+        q = owner(j, rank0, rank1, COUNT)
+        line = (j - pick(q, 0, rank0, rank0 + rank1, COUNT)).to(tl.int64)
+        source_a = pick(q, a0, a1, a2, COUNT) + line * inner
+        shrunk = tl.zeros((ROWS, RANKS), tl.float32)
+
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in range(0, inner, DEPTH):
+        k = start + tl.arange(0, DEPTH)
+        across, down = k[None, :], k[:, None]
+        if EVEN:
+            n = tl.load(source + across)
+            weight = tl.load(source_weight + down)
+        else:
+            n = tl.load(source + across, across < inner, other=0.0)
+            weight = tl.load(source_weight + down, down < inner, other=0.0)
+        if NORM != 0:
+            known = None if EVEN else across < inner
+            n = normalised(n, center, inverse, norm_weight, norm_bias, across, known).to(x.dtype.element_ty)
+        total = tl.dot(n, weight, total, input_precision=PRECISION)
+        if FUSED and RANKS > 0:
+            if EVEN:
+                a = tl.load(source_a + down, j < high, other=0.0)
+            else:
+                a = tl.load(source_a + down, (j < high) & (down < inner), other=0.0)
+            shrunk = tl.dot(n, a.to(n.dtype), shrunk, input_precision=PRECISION)
+
+    if RANKS > 0:
+        j = low + tl.arange(0, RANKS)[None, :]
+        q = owner(j, rank0, rank1, COUNT)
+        if not FUSED:
+            shrunk = tl.load(h + row * (rank0 + rank1 + rank2) + j, j < high, other=0.0).to(tl.float32)
+        shrunk *= pick(q, scale0, scale1, scale2, COUNT)
+        j = low + tl.arange(0, RANKS)[:, None]
+        q = owner(j, rank0, rank1, COUNT)
+        # A column takes part in its own projection's adapter only.
+        theirs = (j < high) & column_exists
+        if COUNT > 1:
+            theirs &= q == p
+        rank = pick(q, rank0, rank1, rank2, COUNT)
+        line = j - pick(q, 0, rank0, rank0 + rank1, COUNT)
+        b = tl.load(pick(q, b0, b1, b2, COUNT) + column.to(tl.int64) * rank + line, theirs, other=0.0)
+        total = tl.dot(shrunk.to(b.dtype), b, total, input_precision=LOW_RANK_PRECISION)
+    if BIASES != 0:
+        has_bias = column_exists
+        if BIASES != 2**COUNT - 1:
+            has_bias &= pick(p, BIASES & 1, BIASES >> 1 & 1, BIASES >> 2 & 1, COUNT) == 1
+        total += tl.load(pick(p, bias0, bias1, bias2, COUNT) + column, has_bias, other=0.0).to(tl.float32)
+    target = row * width + column
+    exists = row_exists & column_exists
+    if residual is not None:
+        total += tl.load(residual + target, exists, other=0.0).to(tl.float32)
+    tl.store(pick(p, y0, y1, y2, COUNT) + target, total.to(y0.dtype.element_ty), exists)
+
+
+class Adapters(NamedTuple):
+    """The adapters of some projections, as kernels take them.
+
+    Attributes:
+        arguments: a0 to a2, b0 to b2, scale0 to scale2 and rank0 to rank2 by name; rank 0 where there is none.
+    """
+
+    arguments: dict[str, Any]
+    ranks: tuple[int, ...]
+    dtype: Any
+
+    def width(self, span: bool) -> int:
+        """Low-rank columns in a product: of all adapters, or of any one; at least 16, which a matrix instruction has."""
+        needed = sum(self.ranks) if span else max(self.ranks, default=0)
+        return 0 if needed == 0 else max(16, triton.next_power_of_2(needed))
+
+
+def adapters_of(projections: Sequence) -> Adapters:
+    """Raises: ValueError for what no kernel here takes."""
+    if not 1 <= len(projections) <= MAX_PROJECTIONS:
+        raise ValueError(f"lora_linear kernels: {len(projections)} projections; give 1 to {MAX_PROJECTIONS}.")
+    present = [adapter for *_, own in projections for adapter in own]
+    parts = []
+    for *_, own in projections:
+        if len(own) > 1:
+            raise ValueError(f"lora_linear kernels: {len(own)} adapters of one projection; give at most one.")
+        # Where there is none, another's matrices stand in, and none of their columns is this projection's.
+        a, b, scale = own[0] if own else (*(present[0][:2] if present else (None, None)), 0.0)
+        parts.append((a, b, float(scale), own[0][0].shape[0] if own else 0))
+    ranks = tuple(rank for *_, rank in parts)
+    if max(ranks) > MAX_RANK:
+        raise ValueError(f"lora_linear kernels: an adapter has rank {max(ranks)}; it can be at most {MAX_RANK}.")
+    arguments = {}
+    for name, values, default in zip(("a", "b", "scale", "rank"), zip(*parts, strict=True), (None, None, 0.0, 0), strict=True):
+        arguments |= numbered(name, values, default)
+    return Adapters(arguments, ranks, present[0][0].dtype if present else None)
+
+
+def numbered(name: str, values: Sequence, default=None) -> dict[str, Any]:
+    """name0 to name2."""
+    return {f"{name}{i}": values[i] if i < len(values) else default for i in range(MAX_PROJECTIONS)}
+
+
+def low_rank_precision(x, adapters: Adapters, precision: str) -> str:
+    """Of what adapters add to a product: fp32 adapters of a half-precision base need no more than TF32's digits."""
+    return precision if adapters.dtype == x.dtype else "tf32"
+
+
+def low_rank_shape(rows: int, projections: Sequence) -> tuple[int, int]:
+    """Of h and g: (M, sum of the ranks)."""
+    return rows, sum(adapters_of(projections).ranks)
+
+
+def shrink(
+    x, projections: Sequence = (), norm=None, mean=None, inverse_deviation=None, h=None, *,
+    given: bool = False, config: ShrinkConfig | None = None,
+) -> Launch:  # fmt: skip
+    """Writes the statistics of x's norm, unless they are given, and h = norm(x) [A_0; A_1; A_2]^T.
+
+    Shapes: x (M, K); mean and inverse_deviation (M,), fp32, None without a norm; h (M, sum of ranks) in the adapters'
+    dtype, or None: the statistics only.
+    """
+    rows, inner = x.shape
+    config = config or shrink_heuristic(inner, x.element_size())
+    adapters = adapters_of(projections or [(None, None, ())])
+    ranks = 0 if h is None else min(adapters.width(span=True), WIDEST)
+    arguments = {name: value for name, value in adapters.arguments.items() if name[0] in "ar"}
+    arguments |= _norm_arguments(x, norm, mean, inverse_deviation) | {"h": h, "COUNT": max(len(projections), 1)}
+    arguments |= {"NORM": 0 if norm is None else (_GIVEN if given else _COMPUTED).value, "RANKS": ranks}
+    arguments |= {"EVEN": inner % config.depth == 0, "PRECISION": config.precision}
+    arguments |= {"ROWS": config.rows, "DEPTH": config.depth}
+    grid = cdiv(rows, config.rows), cdiv(sum(adapters.ranks), ranks) if ranks else 1
+    return Launch(_shrink_kernel, grid, arguments, config.num_warps, config.num_stages)
+
+
+def project(
+    x, projections: Sequence, outputs: Sequence, norm=None, mean=None, inverse_deviation=None, h=None, residual=None, *,
+    config: ProjectConfig | None = None, capability: int = 80,
+) -> Launch:  # fmt: skip
+    """Writes all projections of norm(x) to `outputs`, (M, N_p) each.
+
+    Where the config is fused, the statistics are written, if given, and h is not read; else they and h are `shrink`'s.
+
+    Shapes: x (M, K); mean and inverse_deviation (M,), fp32; h (M, sum of ranks); residual (M, N), of one projection.
+    """
+    adapters = adapters_of(projections)
+    if config is None:
+        config = default_config(x, projections, norm, capability)
+    if residual is not None and len(projections) != 1:
+        raise ValueError(f"project: residual is given with {len(projections)} projections; it is added to one.")
+    rows, inner = x.shape
+    widths = [weight.shape[0] for weight, *_ in projections]
+    biases = [bias for _, bias, *_ in projections]
+    present = [bias for bias in biases if bias is not None]
+    ranks = adapters.width(config.span)
+    tiles = cdiv(sum(widths), config.columns) if config.span else sum(cdiv(width, config.columns) for width in widths)
+    norm_mode = 0 if norm is None else (_COMPUTED if config.fused else _GIVEN).value
+    arguments = _norm_arguments(x, norm, mean, inverse_deviation) | adapters.arguments
+    arguments |= numbered("weight", [weight for weight, *_ in projections]) | numbered("y", outputs)
+    arguments |= numbered("bias", [bias if bias is not None else present[0] for bias in biases] if present else [])
+    arguments |= numbered("width", widths, 0) | {"h": None if config.fused else h, "residual": residual}
+    arguments |= {"COUNT": len(projections), "BIASES": sum(1 << i for i, bias in enumerate(biases) if bias is not None)}
+    arguments |= {"NORM": norm_mode, "FUSED": config.fused, "RANKS": ranks, "SPAN": config.span}
+    arguments |= {"EVEN": inner % config.depth == 0, "PRECISION": config.precision}
+    arguments |= {"LOW_RANK_PRECISION": low_rank_precision(x, adapters, config.precision)}
+    arguments |= {"ROWS": config.rows, "COLUMNS": config.columns, "DEPTH": config.depth, "GROUP": config.group}
+    return Launch(_project_kernel, (cdiv(rows, config.rows) * tiles,), arguments, config.num_warps, config.num_stages)
+
+
+def default_config(x, projections: Sequence, norm, capability: int = 80) -> ProjectConfig:
+    """What `project` takes where it is given none: the caller sees by it whether a `shrink` comes first."""
+    widths = [weight.shape[0] for weight, *_ in projections]
+    ranks = adapters_of(projections).ranks
+    return project_heuristic(*x.shape, widths, ranks, x.element_size(), norm is not None, capability)
+
+
+def _norm_arguments(x, norm, mean, inverse_deviation) -> dict[str, Any]:
+    weight, bias, eps = (None, None, 0.0) if norm is None else norm
+    rows, inner = x.shape
+    return {
+        "x": x, "mean": mean, "inverse_deviation": inverse_deviation, "norm_weight": weight, "norm_bias": bias,
+        "eps": float(eps), "rows": rows, "inner": inner,
+    }  # fmt: skip
+
+
+class Count(NamedTuple):
+    """What a pass must move and compute."""
+
+    bytes: int
+    flops: int
+
+
+def counts(rows: int, inner: int, widths: Sequence[int], ranks: Sequence[int], itemsize: int, adapter_itemsize: int) -> dict:
+    """Of the `shrink` with a norm and the `project` after it, and of both in one pass; each operand moves once."""
+    base, low = sum(widths), sum(ranks)
+    statistics = 2 * rows * 4
+    a, b = low * inner * adapter_itemsize, sum(map(int.__mul__, widths, ranks)) * adapter_itemsize
+    h = rows * low * adapter_itemsize
+    x, weights, outputs = rows * inner * itemsize, base * (inner + 1) * itemsize, rows * base * itemsize
+    up = 2 * rows * sum(map(int.__mul__, widths, ranks))
+    shrunk = Count(x + statistics + a + h, 2 * rows * inner * low)
+    projected = Count(x + statistics + h + weights + b + outputs, 2 * rows * inner * base + up)
+    fused = Count(x + statistics + a + b + weights + outputs, shrunk.flops + projected.flops)
+    return {"shrink": shrunk, "project": projected, "fused": fused}
