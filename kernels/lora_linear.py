@@ -219,7 +219,7 @@ def _project_kernel(
     a0, a1, a2, b0, b1, b2, scale0, scale1, scale2, h, residual, y0, y1, y2,
     rows, inner, width0, width1, width2, rank0, rank1, rank2,
     COUNT: tl.constexpr, BIASES: tl.constexpr, NORM: tl.constexpr, FUSED: tl.constexpr, RANKS: tl.constexpr,
-    SPAN: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, LOW_RANK_PRECISION: tl.constexpr,
+    SPAN: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, LOW_RANK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     if SPAN:
@@ -251,6 +251,9 @@ def _project_kernel(
 
     source = x + row * inner
     source_weight = pick(p, weight0, weight1, weight2, COUNT) + tl.minimum(column, width - 1).to(tl.int64) * inner
+    if SPAN and ALIGNED:
+        # A choice for each column hides from the compiler that all it chooses from is aligned.
+        source_weight = tl.multiple_of(source_weight, (16, 16))
     center, inverse = 0.0, 1.0
     if NORM == _GIVEN:
         center, inverse = tl.load(mean + row), tl.load(inverse_deviation + row)
@@ -308,17 +311,20 @@ def _project_kernel(
         rank = pick(q, rank0, rank1, rank2, COUNT)
         line = j - pick(q, 0, rank0, rank0 + rank1, COUNT)
         b = tl.load(pick(q, b0, b1, b2, COUNT) + column.to(tl.int64) * rank + line, theirs, other=0.0)
-        total = tl.dot(shrunk.to(b.dtype), b, total, input_precision=LOW_RANK_PRECISION)
+        total = tl.dot(shrunk.to(b.dtype), b, total, input_precision=LOW_RANK)
     if BIASES != 0:
         has_bias = column_exists
         if BIASES != 2**COUNT - 1:
             has_bias &= pick(p, BIASES & 1, BIASES >> 1 & 1, BIASES >> 2 & 1, COUNT) == 1
         total += tl.load(pick(p, bias0, bias1, bias2, COUNT) + column, has_bias, other=0.0).to(tl.float32)
-    target = row * width + column
+    place = row * width + column
     exists = row_exists & column_exists
     if residual is not None:
-        total += tl.load(residual + target, exists, other=0.0).to(tl.float32)
-    tl.store(pick(p, y0, y1, y2, COUNT) + target, total.to(y0.dtype.element_ty), exists)
+        total += tl.load(residual + place, exists, other=0.0).to(tl.float32)
+    target = pick(p, y0, y1, y2, COUNT) + place
+    if SPAN and ALIGNED:
+        target = tl.multiple_of(target, (1, 16))
+    tl.store(target, total.to(y0.dtype.element_ty), exists)
 
 
 class Adapters(NamedTuple):
@@ -362,6 +368,13 @@ def adapters_of(projections: Sequence) -> Adapters:
 def numbered(name: str, values: Sequence, default=None) -> dict[str, Any]:
     """name0 to name2."""
     return {f"{name}{i}": values[i] if i < len(values) else default for i in range(MAX_PROJECTIONS)}
+
+
+def aligned(*groups: Sequence) -> bool:
+    """Whether every row of every matrix starts at a multiple of 16 bytes, and 16 values never cross its end."""
+    return all(
+        matrix.shape[-1] % 16 == 0 and matrix.data_ptr() % 16 == 0 for group in groups for matrix in group
+    )
 
 
 def low_rank_precision(x, adapters: Adapters, precision: str) -> str:
@@ -424,8 +437,9 @@ def project(
     arguments |= numbered("width", widths, 0) | {"h": None if config.fused else h, "residual": residual}
     arguments |= {"COUNT": len(projections), "BIASES": sum(1 << i for i, bias in enumerate(biases) if bias is not None)}
     arguments |= {"NORM": norm_mode, "FUSED": config.fused, "RANKS": ranks, "SPAN": config.span}
+    arguments |= {"ALIGNED": aligned([weight for weight, *_ in projections], outputs)}
     arguments |= {"EVEN": inner % config.depth == 0, "PRECISION": config.precision}
-    arguments |= {"LOW_RANK_PRECISION": low_rank_precision(x, adapters, config.precision)}
+    arguments |= {"LOW_RANK": low_rank_precision(x, adapters, config.precision)}
     arguments |= {"ROWS": config.rows, "COLUMNS": config.columns, "DEPTH": config.depth, "GROUP": config.group}
     return Launch(_project_kernel, (cdiv(rows, config.rows) * tiles,), arguments, config.num_warps, config.num_stages)
 
