@@ -71,34 +71,58 @@ def layer_norm(rows: int, width: int) -> Case:
 
 def lora_linear(shape: tuple[int, ...], outs: Sequence[int], ranks: Sequence[int], *, norm: bool, biased: bool) -> Case:
     """Projections of one x to `outs` columns with an adapter of each rank, 0: none; side by side in one tensor."""
-    width = shape[-1]
-
-    def inputs():
-        found = [normal(*shape), *([1 + normal(width) / 2, normal(width)] if norm else [])]
-        for out, rank in zip(outs, ranks, strict=True):
-            found.append(normal(out, width) / width**0.5)
-            found += [normal(out)] if biased else []
-            found += [normal(rank, width) / width**0.5, normal(out, rank) / rank**0.5] if rank else []
-        return found
-
-    def parts(inputs):
-        left = iter(inputs)
-        x = next(left)
-        before = ops.Norm(next(left), next(left), EPS) if norm else None
-        projections = []
-        for rank in ranks:
-            weight, bias = next(left), next(left) if biased else None
-            adapters = (ops.Adapter(next(left), next(left), 0.7),) if rank else ()
-            projections.append(ops.Projection(weight, bias, adapters))
-        return x, projections, before
 
     def ours(inputs, backend):
-        return torch.cat(ops.lora_linears(*parts(inputs), backend=backend), dim=-1)
+        return torch.cat(ops.lora_linears(*_parts(inputs, ranks, norm, biased), backend=backend), dim=-1)
 
     def stock(inputs):
-        return torch.cat(ops.lora_linears_reference(*parts(inputs)), dim=-1)
+        return torch.cat(ops.lora_linears_reference(*_parts(inputs, ranks, norm, biased)), dim=-1)
 
-    return Case("lora_linear", inputs, ours, stock, lambda inputs: (*parts(inputs)[:2], None))
+    return Case(
+        "lora_linear", lambda: _projections(shape, outs, ranks, norm, biased), ours, stock,
+        lambda inputs: (*_parts(inputs, ranks, norm, biased)[:2], None),
+    )  # fmt: skip
+
+
+def gated_linear(shape: tuple[int, ...], out: int, rank: int, *, norm: bool, biased: bool) -> Case:
+    """A feed-forward's first projection, to twice `out` columns."""
+
+    def parts(inputs):
+        x, (projection,), before = _parts(inputs, [rank], norm, biased)
+        return x, projection, before
+
+    def stock(inputs):
+        hidden, gate = ops.lora_linears_reference(*_parts(inputs, [rank], norm, biased))[0].chunk(2, dim=-1)
+        return hidden * F.gelu(gate)
+
+    return Case(
+        "gated_linear", lambda: _projections(shape, [2 * out], [rank], norm, biased),
+        lambda inputs, backend: ops.gated_linear(*parts(inputs), backend=backend), stock,
+        lambda inputs: (*parts(inputs)[:2], None),
+    )  # fmt: skip
+
+
+def _projections(shape, outs, ranks, norm, biased) -> list[Tensor]:
+    width = shape[-1]
+    found = [normal(*shape), *([1 + normal(width) / 2, normal(width)] if norm else [])]
+    for out, rank in zip(outs, ranks, strict=True):
+        found.append(normal(out, width) / width**0.5)
+        found += [normal(out)] if biased else []
+        found += [normal(rank, width) / width**0.5, normal(out, rank) / rank**0.5] if rank else []
+    return found
+
+
+def _parts(inputs, ranks, norm, biased):
+    """x, projections and norm of `_projections`' tensors."""
+    left = iter(inputs)
+    x = next(left)
+    before = ops.Norm(next(left), next(left), EPS) if norm else None
+    projections = []
+    for rank in ranks:
+        weight, bias = next(left), next(left) if biased else None
+        adapters = (ops.Adapter(next(left), next(left), 0.7),) if rank else ()
+        projections.append(ops.Projection(weight, bias, adapters))
+    return x, projections, before
 
 
 def attention(b: int, heads: int, n: int, m: int, d: int) -> Case:
@@ -133,6 +157,8 @@ SMALL = [
     layer_norm(9, 70),
     lora_linear((2, 19, 48), (48, 48, 48), (4, 4, 4), norm=True, biased=False),
     lora_linear((37, 40), (24, 56), (0, 3), norm=False, biased=True),
+    gated_linear((2, 19, 48), 40, 4, norm=True, biased=True),
+    gated_linear((33, 40), 24, 0, norm=False, biased=False),
     attention(2, 2, 37, 37, 40),
     attention(1, 2, 33, 77, 64),
     attention(1, 1, 20, 130, 160),
@@ -147,6 +173,8 @@ LARGE = [
     lora_linear((2, 4096, 320), (320, 320, 320), (4, 4, 4), norm=True, biased=False),
     lora_linear((2, 4096, 640), (640,), (16,), norm=False, biased=True),
     lora_linear((2, 77, 2048), (1280, 1280), (64, 64), norm=False, biased=False),
+    gated_linear((2, 4096, 320), 1280, 0, norm=True, biased=True),
+    gated_linear((2, 256, 1280), 5120, 16, norm=True, biased=True),
     attention(2, 8, 4096, 4096, 40),
     attention(2, 8, 1024, 1024, 80),
     attention(2, 8, 256, 256, 160),

@@ -2,6 +2,7 @@
 
 from rftcore.ops.attention import attention, attention_backward, attention_forward, attention_reference
 from rftcore.ops.frozen_conv2d import Geometry, frozen_conv2d, frozen_conv2d_reference
+from rftcore.ops.gated_linear import gated_linear, gated_linear_reference
 from rftcore.ops.geglu import geglu, geglu_reference
 from rftcore.ops.group_norm_silu import group_norm_silu, group_norm_silu_reference
 from rftcore.ops.layer_norm import layer_norm, layer_norm_reference
@@ -22,6 +23,8 @@ __all__ = [
     "attention_reference",
     "frozen_conv2d",
     "frozen_conv2d_reference",
+    "gated_linear",
+    "gated_linear_reference",
     "geglu",
     "geglu_reference",
     "group_norm_silu",

@@ -63,7 +63,7 @@ def lora_linears(
     Shapes: (..., out) for each projection.
     Raises: ValueError for inputs that do not fit; RuntimeError where `backend` cannot serve them.
     """
-    _check(x, projections, norm)
+    check_projections("lora_linear", x, projections, norm)
     lower = autocast.active(x.device)
     backend = OP.choose(backend, x, projections, lower)
     if backend == "reference":
@@ -72,8 +72,7 @@ def lora_linears(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         scales = tuple(tuple(adapter.scale for adapter in p.adapters) for p in projections)
         return _LoraLinears.apply((scales, norm and norm.eps, lower, backend), x, *tensors)
-    n = x if norm is None else normalise(x, norm, lower)[0]
-    return tuple(project(n, projections, lower, backend=backend))
+    return tuple(lora_linears_forward(x, projections, norm, lower, backend))
 
 
 def lora_linears_reference(x: Tensor, projections: Sequence[Projection], norm: Norm | None) -> tuple[Tensor, ...]:
@@ -100,6 +99,59 @@ def restore(values: Iterable, scales: Iterable[Iterable[float]]) -> list[Project
         Projection(next(values), next(values), tuple(Adapter(next(values), next(values), scale) for scale in row))
         for row in scales
     ]
+
+
+@torch.no_grad()
+def lora_linears_forward(
+    x: Tensor,
+    projections: Sequence[Projection],
+    norm: Norm | None,
+    lower: torch.dtype | None,
+    backend: str,
+    residual: Tensor | None = None,
+) -> list[Tensor]:
+    """The outputs of `lora_linears` by the backend of this name, which serves these inputs; no autograd.
+
+    Args:
+        lower: autocast's dtype.
+        residual: (..., out), added to the output of a single projection, whose dtype is then that of their sum.
+    """
+    n = x if norm is None else normalise(x, norm, lower)[0]
+    return project(n, projections, lower, residual=residual, backend=backend)
+
+
+@torch.no_grad()
+def lora_linears_backward(
+    grads: Sequence[Tensor],
+    x: Tensor | None,
+    projections: Sequence[Projection],
+    norm: Norm | None,
+    lower: torch.dtype | None,
+    backend: str,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of x (M, in), of the norm's weight and bias, and of `flatten(projections)`; None where not needed.
+
+    Args:
+        grads: of the outputs, (..., out) each, of the dtype in which the base ran.
+        x: as the forward took it; None where it has no norm and where no weight, a or b needs a gradient.
+        needs: for each of these gradients, whether it is needed; the norm's two are False where there is none.
+    """
+    needs_x, needs_norm, needs_projections = needs[0], needs[1:3], restore(needs[3:], _scales(projections))
+    if norm is None:
+        grad, found = project_backward(x, projections, grads, needs_x, needs_projections, lower, backend=backend)
+        return [grad, None, None, *flatten(found)]
+    n, mean, inverse_deviation = normalise(x, norm, lower)
+    needs_n = needs_x or any(needs_norm)
+    grad_n, found = project_backward(n, projections, grads, needs_n, needs_projections, lower, backend=backend)
+    below = [None] * 3
+    if needs_n:
+        below = normalise_backward(grad_n.view(n.shape), x, norm, mean, inverse_deviation, list(needs[:3]), lower)
+    return [*below, *flatten(found)]
+
+
+def _scales(projections: Iterable[Projection]) -> list[list[float]]:
+    return [[adapter.scale for adapter in p.adapters] for p in projections]
 
 
 def normalise(x: Tensor, norm: Norm, lower: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -342,8 +394,7 @@ class _LoraLinears(torch.autograd.Function):
         ctx.save_for_backward(x if needs_x else None, *tensors)
         ctx.options, ctx.shape, ctx.dtype = options, x.shape, x.dtype
         *_, lower, backend = options
-        n = x if norm is None else normalise(x, norm, lower)[0]
-        return tuple(project(n, projections, lower, backend=backend))
+        return tuple(lora_linears_forward(x, projections, norm, lower, backend))
 
     @staticmethod
     def backward(ctx, *grads):
@@ -361,22 +412,8 @@ class _LoraLinearsBackward(torch.autograd.Function):
         scales, _, lower, backend = options
         tensors, grads = tensors[: -len(scales)], tensors[-len(scales) :]
         norm, projections = _parts(options, tensors)
-        _, needs_projections = _parts(options, needs[1:])
         with autocast.disabled(grads[0].device):
-            if norm is None:
-                grad, found = project_backward(
-                    x, projections, grads, needs[0], needs_projections, lower, backend=backend
-                )
-                return grad, None, None, *flatten(found)
-            needs_norm = list(needs[:3])
-            n, mean, inverse_deviation = normalise(x, norm, lower)
-            grad_n, found = project_backward(
-                n, projections, grads, any(needs_norm), needs_projections, lower, backend=backend
-            )
-            if grad_n is None:
-                return None, None, None, *flatten(found)
-            grad_n = grad_n.view(n.shape)
-            return *normalise_backward(grad_n, x, norm, mean, inverse_deviation, needs_norm, lower), *flatten(found)
+            return tuple(lora_linears_backward(grads, x, projections, norm, lower, backend, needs))
 
     @staticmethod
     def backward(ctx, *grads):
@@ -548,16 +585,17 @@ OP = backends.register(
 )
 
 
-def _check(x, projections, norm):
-    compiled.check_tensor("lora_linear", "x", x)
+def check_projections(op: str, x: Tensor, projections: Sequence[Projection], norm: Norm | None) -> None:
+    """Raises: ValueError where these do not fit x."""
+    compiled.check_tensor(op, "x", x)
     if x.dim() == 0:
-        raise ValueError("lora_linear: x is (); it must be (..., in).")
+        raise ValueError(f"{op}: x is (); it must be (..., in).")
     if not projections:
-        raise ValueError("lora_linear: projections is empty; give at least one.")
+        raise ValueError(f"{op}: projections is empty; give at least one.")
 
     def check(name, tensor, shape):
         if tensor is not None:
-            compiled.check_like("lora_linear", name, tensor, shape, x.device, "x")
+            compiled.check_like(op, name, tensor, shape, x.device, "x")
 
     for weight, bias, adapters in projections:
         check("weight", weight, (*weight.shape[:1], x.shape[-1]))
