@@ -315,7 +315,8 @@ def _project_kernel(
     if BIASES != 0:
         has_bias = column_exists
         if BIASES != 2**COUNT - 1:
-            has_bias &= pick(p, BIASES & 1, BIASES >> 1 & 1, BIASES >> 2 & 1, COUNT) == 1
+            mine = pick(p, BIASES & 1, BIASES >> 1 & 1, BIASES >> 2 & 1, COUNT)
+            has_bias = column < width * mine
         total += tl.load(pick(p, bias0, bias1, bias2, COUNT) + column, has_bias, other=0.0).to(tl.float32)
     place = row * width + column
     exists = row_exists & column_exists
@@ -401,7 +402,8 @@ def shrink(
     adapters = adapters_of(projections or [(None, None, ())])
     ranks = 0 if h is None else min(adapters.width(span=True), WIDEST)
     arguments = {name: value for name, value in adapters.arguments.items() if name[0] in "ar"}
-    arguments |= _norm_arguments(x, norm, mean, inverse_deviation) | {"h": h, "COUNT": max(len(projections), 1)}
+    arguments |= norm_arguments(x, norm, mean, inverse_deviation) | {"rows": rows, "inner": inner, "h": h}
+    arguments |= {"COUNT": max(len(projections), 1)}
     arguments |= {"NORM": 0 if norm is None else (_GIVEN if given else _COMPUTED).value, "RANKS": ranks}
     arguments |= {"EVEN": inner % config.depth == 0, "PRECISION": config.precision}
     arguments |= {"ROWS": config.rows, "DEPTH": config.depth}
@@ -431,7 +433,8 @@ def project(
     ranks = adapters.width(config.span)
     tiles = cdiv(sum(widths), config.columns) if config.span else sum(cdiv(width, config.columns) for width in widths)
     norm_mode = 0 if norm is None else (_COMPUTED if config.fused else _GIVEN).value
-    arguments = _norm_arguments(x, norm, mean, inverse_deviation) | adapters.arguments
+    arguments = norm_arguments(x, norm, mean, inverse_deviation) | {"rows": rows, "inner": inner}
+    arguments |= adapters.arguments
     arguments |= numbered("weight", [weight for weight, *_ in projections]) | numbered("y", outputs)
     arguments |= numbered("bias", [bias if bias is not None else present[0] for bias in biases] if present else [])
     arguments |= numbered("width", widths, 0) | {"h": None if config.fused else h, "residual": residual}
@@ -451,12 +454,12 @@ def default_config(x, projections: Sequence, norm, capability: int = 80) -> Proj
     return project_heuristic(*x.shape, widths, ranks, x.element_size(), norm is not None, capability)
 
 
-def _norm_arguments(x, norm, mean, inverse_deviation) -> dict[str, Any]:
-    weight, bias, eps = (None, None, 0.0) if norm is None else norm
-    rows, inner = x.shape
+def norm_arguments(x, norm, mean, inverse_deviation) -> dict[str, Any]:
+    """Of a kernel that reads x and its norm, all None where it does not."""
+    weight, bias, eps = norm or (None, None, 0.0)
     return {
         "x": x, "mean": mean, "inverse_deviation": inverse_deviation, "norm_weight": weight, "norm_bias": bias,
-        "eps": float(eps), "rows": rows, "inner": inner,
+        "eps": float(eps),
     }  # fmt: skip
 
 
