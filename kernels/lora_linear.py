@@ -1,4 +1,4 @@
-"""Projections of one x that share a pass: LayerNorm in front, low-rank adapters, bias and residual behind, one rounding.
+"""Projections of one x that share a pass: LayerNorm in front, low-rank adapters and residual behind, one rounding.
 
 y_p = n W_p^T + bias_p + scale_p (n A_p^T) B_p^T + residual, n = norm(x) rounded to x's dtype. No weight is transformed,
 joined or copied: a kernel takes up to three of each and chooses by the place of its tile, the adapters' few rows too.
@@ -65,12 +65,18 @@ class ProjectConfig:
 
 
 def shrink_heuristic(inner: int, itemsize: int) -> ShrinkConfig:
-    """Bound by reading x once: few rows a program, so that many are in flight; the second pass finds them in a cache."""
+    """Bound by reading x: few rows a program, so that many are in flight; the second pass finds them in a cache."""
     return ShrinkConfig(32, 64 if itemsize == 2 else 32)
 
 
 def project_heuristic(
-    rows: int, inner: int, widths: Sequence[int], ranks: Sequence[int], itemsize: int, normed: bool, capability: int = 80
+    rows: int,
+    inner: int,
+    widths: Sequence[int],
+    ranks: Sequence[int],
+    itemsize: int,
+    normed: bool,
+    capability: int = 80,
 ) -> ProjectConfig:
     """Tiles for wgmma with two groups of warps, in shared memory that sm_80 has too.
 
@@ -103,11 +109,11 @@ def pick(p, first, second, third, COUNT: tl.constexpr):
 @triton.jit
 def owner(place, first, second, COUNT: tl.constexpr):
     """Which of COUNT parts of a row a place is in; the first two parts have these sizes, zero also."""
-    p = (place < 0).to(tl.int32)
+    p = place * 0
     if COUNT > 1:
-        p = (place >= first).to(tl.int32)
+        p = tl.where(place >= first, 1, 0)
     if COUNT > 2:
-        p += (place >= first + second).to(tl.int32)
+        p += tl.where(place >= first + second, 1, 0)
     return p
 
 
@@ -147,7 +153,7 @@ def normalised(value, mean, inverse_deviation, norm_weight, norm_bias, k, exists
 
 @triton.jit
 def _statistics(source, inner, eps, ROWS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr):
-    """Mean and reciprocal deviation (ROWS, 1) of rows at `source` (ROWS, 1): parts' exact moments, merged after Chan."""
+    """Mean and reciprocal deviation, (ROWS, 1), of rows at `source`: moments of their parts, merged as Chan et al. do."""
     mean = tl.zeros((ROWS, 1), tl.float32)
     moment = tl.zeros((ROWS, 1), tl.float32)
     for start in range(0, inner, DEPTH):
@@ -340,7 +346,7 @@ class Adapters(NamedTuple):
     dtype: Any
 
     def width(self, span: bool) -> int:
-        """Low-rank columns in a product: of all adapters, or of any one; at least 16, which a matrix instruction has."""
+        """Low-rank columns in a product: of all adapters, or of any one; 16 at least, as matrix instructions have."""
         needed = sum(self.ranks) if span else max(self.ranks, default=0)
         return 0 if needed == 0 else max(16, triton.next_power_of_2(needed))
 
@@ -361,7 +367,9 @@ def adapters_of(projections: Sequence) -> Adapters:
     if max(ranks) > MAX_RANK:
         raise ValueError(f"lora_linear kernels: an adapter has rank {max(ranks)}; it can be at most {MAX_RANK}.")
     arguments = {}
-    for name, values, default in zip(("a", "b", "scale", "rank"), zip(*parts, strict=True), (None, None, 0.0, 0), strict=True):
+    for name, values, default in zip(
+        ("a", "b", "scale", "rank"), zip(*parts, strict=True), (None, None, 0.0, 0), strict=True
+    ):
         arguments |= numbered(name, values, default)
     return Adapters(arguments, ranks, present[0][0].dtype if present else None)
 
@@ -373,9 +381,7 @@ def numbered(name: str, values: Sequence, default=None) -> dict[str, Any]:
 
 def aligned(*groups: Sequence) -> bool:
     """Whether every row of every matrix starts at a multiple of 16 bytes, and 16 values never cross its end."""
-    return all(
-        matrix.shape[-1] % 16 == 0 and matrix.data_ptr() % 16 == 0 for group in groups for matrix in group
-    )
+    return all(matrix.shape[-1] % 16 == 0 and matrix.data_ptr() % 16 == 0 for group in groups for matrix in group)
 
 
 def low_rank_precision(x, adapters: Adapters, precision: str) -> str:
@@ -470,7 +476,9 @@ class Count(NamedTuple):
     flops: int
 
 
-def counts(rows: int, inner: int, widths: Sequence[int], ranks: Sequence[int], itemsize: int, adapter_itemsize: int) -> dict:
+def counts(
+    rows: int, inner: int, widths: Sequence[int], ranks: Sequence[int], itemsize: int, adapter_itemsize: int
+) -> dict:
     """Of the `shrink` with a norm and the `project` after it, and of both in one pass; each operand moves once."""
     base, low = sum(widths), sum(ranks)
     statistics = 2 * rows * 4
