@@ -72,7 +72,8 @@ class Builder:
         """Projections of one n; a residual is added to a single one's output."""
         read = [modules.linear(layer) for layer in layers]
         counts = tuple(len(p.adapters) for p, _ in read)
-        kind = kinds.Linear(counts, tuple(_scales(p) for p, _ in read), residual is not None)
+        scales = tuple(_scales(p) for p, _ in read)
+        kind = kinds.Linear(counts, scales, residual is not None, backend=self._backend("lora_linear"))
         outputs = [name if not dropped else f"{name}.undropped" for name, (_, dropped) in zip(names, read, strict=True)]
         self.step(kind, [n] if residual is None else [n, residual], outputs, flatten(p for p, _ in read))
         for name, output, (_, dropped) in zip(names, outputs, read, strict=True):
@@ -100,7 +101,7 @@ class Builder:
         return self.step(kind, [q, k, v], [name], statistics=[f"{name}.log_sum_exp"])
 
     def geglu(self, name: str, u: str) -> str:
-        return self.step(kinds.GEGLU(self._backend("geglu")), [u], [name])
+        return self.step(kinds.GEGLU(self._backend("geglu"), self._backend("gated_linear")), [u], [name])
 
     def quotient(self, name: str, x: str, divisor: float) -> str:
         """x itself where the divisor is 1."""

@@ -19,6 +19,7 @@ from diffusers.models.upsampling import Upsample2D
 from peft import PeftModel
 from peft.tuners import lora
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rftcore.blocks import attention, ends, layers, levels, modules, resampling, resnet, transformer, up_block
 from rftcore.blocks.budget import Budget, bytes_of
@@ -41,7 +42,7 @@ _FORWARDS: dict[type, Callable] = {
 }
 _END_CONVOLUTIONS = ("conv_in", "conv_out", "quant_conv", "post_quant_conv")
 # Whose backends `backend` may name.
-_OPS = ("group_norm_silu", "geglu", "attention")
+_OPS = ("group_norm_silu", "geglu", "attention", "lora_linear", "gated_linear")
 
 
 def accelerate(
@@ -214,9 +215,10 @@ def _backends(model: nn.Module, backend: str) -> dict[str, str]:
         known = sorted({b for name in _OPS for b in OPS[name].not_supported_reasons})
         raise ValueError(f"backend={backend!r} is unknown; choose one of 'auto', {', '.join(map(repr, known))}.")
     weight = next(model.parameters())
-    with torch.no_grad():
+    # Fake tensors: reasons look at devices, dtypes and shapes only.
+    with torch.no_grad(), FakeTensorMode():
         for name in chosen:
-            OPS[name].choose(backend, *(t[:1, :1] for t in OPS[name].example(weight.device, weight.dtype)))
+            OPS[name].choose(backend, *OPS[name].example(weight.device, weight.dtype))
     return dict.fromkeys(chosen, backend)
 
 

@@ -18,12 +18,23 @@ from rftcore.blocks.program import Kind
 from rftcore.ops.attention import check, kernel_of, run_backward, run_forward
 from rftcore.ops.autocast import lowered
 from rftcore.ops.frozen_conv2d import Geometry, memory_format_of
+from rftcore.ops.gated_linear import OP as GATED_LINEAR_OP
+from rftcore.ops.gated_linear import gated_linear_backward, gated_linear_forward
 from rftcore.ops.geglu import OP as GEGLU_OP
 from rftcore.ops.geglu import geglu_backward, geglu_forward
 from rftcore.ops.group_norm_silu import OP as GROUP_NORM_OP
 from rftcore.ops.group_norm_silu import group_norm_silu_backward, group_norm_silu_forward
 from rftcore.ops.lora_conv2d import convolve, convolve_backward
-from rftcore.ops.lora_linear import Norm, flatten, normalise, normalise_backward, project, project_backward, restore
+from rftcore.ops.lora_linear import OP as LINEAR_OP
+from rftcore.ops.lora_linear import (
+    Norm,
+    flatten,
+    lora_linears_backward,
+    lora_linears_forward,
+    normalise,
+    normalise_backward,
+    restore,
+)
 
 
 @dataclass(frozen=True)
@@ -95,38 +106,94 @@ class LayerNorm(Kind):
 
 @dataclass(frozen=True)
 class Linear(Kind):
-    """n (..., in) and, of a single projection, optionally a residual (..., out). Parameters of the projections."""
+    """x (..., in) and, of a single projection, optionally a residual (..., out). Parameters of the projections.
+
+    Attributes:
+        adapters: of each projection.
+        eps: of a LayerNorm in front, whose weight and bias are then the first parameters; None: there is none.
+    """
 
     cheap: ClassVar[bool] = False
-    adapters: tuple[int, ...]  # of each projection
+    adapters: tuple[int, ...]
     scales: tuple[tuple[float, ...], ...] = field(compare=False)
     residual: bool = False
+    eps: float | None = None
+    backend: str = field(default="auto", compare=False)
 
     def reads(self, needs):
+        if self.eps is not None:
+            return (0,), (), False
         projections = restore(needs[2 if self.residual else 1 :], self.scales)
         trained = any(p.weight or any(a.a or a.b for a in p.adapters) for p in projections)
         return (0,) if trained else (), (), False
 
     def unread(self):
+        first = 0 if self.eps is None else 2
         lengths = [2 + 2 * count for count in self.adapters]
-        return [start + 1 for start in itertools.accumulate(lengths[:-1], initial=0)]
+        return [start + 1 for start in itertools.accumulate(lengths[:-1], initial=first)]
 
     def forward(self, inputs, parameters, lower, state=None):
-        n, *residual = inputs
-        outputs = project(n, restore(parameters, self.scales), lower, residual=residual[0] if residual else None)
+        x, *residual = inputs
+        norm, projections = _normed(parameters, self.scales, self.eps)
+        backend = state[2] if state else LINEAR_OP.prefer(self.backend, x, projections, lower, norm)
+        outputs = lora_linears_forward(x, projections, norm, lower, backend, residual[0] if residual else None)
         # The product's dtype, which a residual may have widened.
-        return outputs, (), (n.shape, lowered(n, lower))
+        return outputs, (), (x.shape, lowered(x, lower), backend)
 
     def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower):
-        n, *residual = inputs
-        projections = restore(parameters, self.scales)
-        needs_n, *needs_residual = needs[: len(inputs)]
-        shape, dtype = state
-        below, found = project_backward(
-            n, projections, [g.to(dtype) for g in grads], needs_n, restore(needs[len(inputs) :], self.scales), lower
+        shape, dtype, backend = state
+        norm, projections = _normed(parameters, self.scales, self.eps)
+        count = len(inputs)
+        of_norm = (False, False) if norm is None else ()
+        grad_x, *found = lora_linears_backward(
+            [g.to(dtype) for g in grads], inputs[0], projections, norm, lower, backend,
+            (needs[0], *of_norm, *needs[count:]),
+        )  # fmt: skip
+        grad_x = None if grad_x is None else grad_x.view(shape)
+        return [grad_x, *(grads[0] if need else None for need in needs[1:count]), *found[len(of_norm) :]]
+
+
+@dataclass(frozen=True)
+class GatedLinear(Kind):
+    """x (..., in) to y (..., D) and, where `keeps`, u (..., 2D). Parameters of the norm, if any, and the projection."""
+
+    cheap: ClassVar[bool] = False
+    adapters: int
+    scales: tuple[float, ...] = field(compare=False)
+    eps: float | None
+    keeps: bool
+    backend: str = field(default="auto", compare=False)
+
+    def reads(self, needs):
+        # u is made again of x, and a norm's backward reads it.
+        _, (p,) = _normed(needs[1:], [self.scales], self.eps)
+        trained = p.weight or any(a.a or a.b for a in p.adapters)
+        return (0,) if trained or self.eps is not None or not self.keeps else (), (1,) if self.keeps else (), False
+
+    def forward(self, inputs, parameters, lower, state=None):
+        (x,) = inputs
+        norm, (projection,) = _normed(parameters, [self.scales], self.eps)
+        backend = state[2] if state else GATED_LINEAR_OP.prefer(self.backend, x, projection, lower, norm)
+        y, u = gated_linear_forward(x, projection, norm, lower, backend, self.keeps)
+        return (y, u) if self.keeps else (y,), (), (x.shape, lowered(x, lower), backend)
+
+    def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower):
+        shape, dtype, backend = state
+        norm, (projection,) = _normed(parameters, [self.scales], self.eps)
+        of_norm = (False, False) if norm is None else ()
+        u = outputs[1] if self.keeps else None
+        grad_x, *found = gated_linear_backward(
+            grads[0].to(dtype), inputs[0], u, projection, norm, lower, backend, (needs[0], *of_norm, *needs[1:])
         )
-        grad_n = None if below is None else below.view(shape)
-        return [grad_n, *(grads[0] if need else None for need in needs_residual), *flatten(found)]
+        return [None if grad_x is None else grad_x.view(shape), *found[len(of_norm) :]]
+
+
+def _normed(values, scales, eps):
+    """The norm, if there is one, and the projections of a step's parameters, or of values in their places."""
+    if eps is None:
+        return None, restore(values, scales)
+    weight, bias, *others = values
+    return Norm(weight, bias, eps), restore(others, scales)
 
 
 @dataclass(frozen=True)
@@ -194,10 +261,15 @@ class Attention(Kind):
 
 @dataclass(frozen=True)
 class GEGLU(Kind):
-    """u (..., 2D): hidden states, then gate."""
+    """u (..., 2D): hidden states, then gate.
+
+    Attributes:
+        joint_backend: of `gated_linear`, where this and the projection before it are one step.
+    """
 
     cheap: ClassVar[bool] = True
     backend: str = field(default="auto", compare=False)
+    joint_backend: str = field(default="auto", compare=False)
 
     def reads(self, needs):
         return (0,), (), False

@@ -96,6 +96,29 @@ class Plan(NamedTuple):
     released: tuple[tuple[str, ...], ...]
 
 
+def needs_of_steps(program: Program, needs: tuple[bool, ...]) -> list[tuple[bool, ...]]:
+    """For each step, which of its inputs and parameters want a gradient, where those of the program do that `needs` says."""
+    wanted = dict(zip(program.inputs, needs, strict=False))
+    found = []
+    for step in program.steps:
+        own = (*(wanted[name] for name in step.inputs), *(needs[len(program.inputs) + i] for i in step.parameters))
+        wanted.update(dict.fromkeys(step.outputs, any(own)))
+        found.append(own)
+    return found
+
+
+def read_by_backward(program: Program, needs: tuple[bool, ...]) -> frozenset[str]:
+    """The values that the steps' backwards read, kept or made again."""
+    read: set[str] = set()
+    for step, own in zip(program.steps, needs_of_steps(program, needs), strict=True):
+        if any(own):
+            of_inputs, of_outputs, statistics = step.kind.reads(own)
+            read.update(step.inputs[i] for i in of_inputs)
+            read.update(step.outputs[i] for i in of_outputs)
+            read.update(step.statistics if statistics else ())
+    return frozenset(read)
+
+
 @functools.lru_cache(maxsize=1024)
 def plan(program: Program, needs: tuple[bool, ...], drop: frozenset[str]) -> Plan:
     """Decides what is kept.
@@ -105,18 +128,8 @@ def plan(program: Program, needs: tuple[bool, ...], drop: frozenset[str]) -> Pla
         drop: names of values to be made again at the price of a matrix product or a convolution.
     """
     steps, inputs = program.steps, program.inputs
-    wanted = dict(zip(inputs, needs, strict=False))
-    step_needs = []
-    read: set[str] = set()
-    for step in steps:
-        own = (*(wanted[name] for name in step.inputs), *(needs[len(inputs) + i] for i in step.parameters))
-        wanted.update(dict.fromkeys(step.outputs, any(own)))
-        step_needs.append(own)
-        if any(own):
-            of_inputs, of_outputs, statistics = step.kind.reads(own)
-            read.update(step.inputs[i] for i in of_inputs)
-            read.update(step.outputs[i] for i in of_outputs)
-            read.update(step.statistics if statistics else ())
+    step_needs = needs_of_steps(program, needs)
+    read = read_by_backward(program, needs)
 
     # What can be had again at a price that is accepted.
     remakeable = {*inputs, *drop}

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from rftcore.blocks import levels, modules
+from rftcore.blocks import fusion, levels, modules
 from rftcore.blocks.builder import Builder
 from rftcore.blocks.modules import Unserved
 from rftcore.blocks.program import Program, run
@@ -59,7 +59,11 @@ class Place:
         program, parameters = builder.program, builder.parameters
         _check(self.name, program.inputs, inputs, parameters)
         self.served()
-        return run(program, inputs, parameters, self._drop(program, inputs, parameters))
+        drop = self._drop(program, inputs, parameters)
+        needs = (
+            fusion.wants(inputs, parameters) if torch.is_grad_enabled() else (False,) * (len(inputs) + len(parameters))
+        )
+        return run(fusion.fuse(program, needs, drop), inputs, parameters, drop)
 
     def _drop(self, program: Program, inputs: Sequence[Tensor], parameters) -> frozenset[str]:
         """The values to make again."""

@@ -53,6 +53,11 @@ class Op:
             )
         return backend
 
+    def prefer(self, backend: str, *inputs) -> str:
+        """The name of the backend that serves `inputs`: `backend` where it can, else as for "auto"."""
+        reasons = self.not_supported_reasons.get(backend)
+        return self.choose("auto" if reasons is None or reasons(*inputs) else backend, *inputs)
+
     def explain(self, *inputs) -> str:
         """A sentence for each backend that cannot serve `inputs`."""
         refusals = ((name, reasons(*inputs)) for name, reasons in self.not_supported_reasons.items())

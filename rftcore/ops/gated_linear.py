@@ -43,7 +43,7 @@ def gated_linear(x: Tensor, projection: Projection, norm: Norm | None = None, *,
             f"gated_linear: weight is {tuple(projection.weight.shape)}; it must be (2D, in): hidden states, then gate."
         )
     lower = autocast.active(x.device)
-    backend = OP.choose(backend, x, projection, lower)
+    backend = OP.choose(backend, x, projection, lower, norm)
     if backend == "reference":
         return gated_linear_reference(x, projection, norm)
     tensors = [x, *(norm[:2] if norm else (None, None)), *flatten([projection])]
@@ -67,8 +67,8 @@ def gated_linear_forward(
     Args:
         lower: autocast's dtype.
     """
-    u = _project(x, projection, norm, lower)
-    return geglu_forward(u, GEGLU.choose("auto", u)), u if keep else None
+    u = _project(x, projection, norm, lower, backend)
+    return geglu_forward(u, GEGLU.choose(_own(backend), u)), u if keep else None
 
 
 @torch.no_grad()
@@ -90,15 +90,20 @@ def gated_linear_backward(
         needs: for each of these gradients, whether it is needed; the norm's two are False where there is none.
     """
     if u is None:
-        u = _project(x, projection, norm, lower)
-    grad_u = geglu_backward(grad_y, u, GEGLU.choose("auto", u))
-    chosen = LORA_LINEAR.choose("auto", grad_u if x is None else x, (projection,), lower)
+        u = _project(x, projection, norm, lower, backend)
+    grad_u = geglu_backward(grad_y, u, GEGLU.choose(_own(backend), u))
+    chosen = LORA_LINEAR.choose(_own(backend), grad_u if x is None else x, (projection,), lower, norm)
     return lora_linears_backward([grad_u], x, (projection,), norm, lower, chosen, needs)
 
 
-def _project(x, projection, norm, lower):
-    backend = LORA_LINEAR.choose("auto", x, (projection,), lower)
-    return lora_linears_forward(x, (projection,), norm, lower, backend)[0]
+def _project(x, projection, norm, lower, backend):
+    chosen = LORA_LINEAR.choose(_own(backend), x, (projection,), lower, norm)
+    return lora_linears_forward(x, (projection,), norm, lower, chosen)[0]
+
+
+def _own(backend: str) -> str:
+    """What the two ops are asked for where this op is served by `backend`."""
+    return "reference" if backend == "reference" else "auto"
 
 
 class _GatedLinear(torch.autograd.Function):

@@ -65,7 +65,7 @@ def lora_linears(
     """
     check_projections("lora_linear", x, projections, norm)
     lower = autocast.active(x.device)
-    backend = OP.choose(backend, x, projections, lower)
+    backend = OP.choose(backend, x, projections, lower, norm)
     if backend == "reference":
         return lora_linears_reference(x, projections, norm)
     tensors = [*((None, None) if norm is None else norm[:2]), *flatten(projections)]
@@ -542,7 +542,7 @@ _of_compiled = compiled.reasons("_cpu", "cpu", "x")
 
 
 def _not_compiled_reasons(
-    x: Tensor, projections: Sequence[Projection] = (), lower: torch.dtype | None = None
+    x: Tensor, projections: Sequence[Projection] = (), lower: torch.dtype | None = None, norm: Norm | None = None
 ) -> list[str]:
     """Why the compiled functions do not serve these projections; PyTorch's products serve any."""
     found = _of_compiled(x)
