@@ -64,7 +64,7 @@ class ProjectConfig:
     precision: str = "tf32x3"
 
 
-def shrink_heuristic(inner: int, itemsize: int) -> ShrinkConfig:
+def shrink_heuristic(itemsize: int) -> ShrinkConfig:
     """Bound by reading x: few rows a program, so that many are in flight; the second pass finds them in a cache."""
     return ShrinkConfig(32, 64 if itemsize == 2 else 32)
 
@@ -78,21 +78,21 @@ def project_heuristic(
     normed: bool,
     capability: int = 80,
 ) -> ProjectConfig:
-    """Tiles for wgmma with two groups of warps, in shared memory that sm_80 has too.
+    """Tiles for wgmma with two groups of warps.
 
     The depth, and whether it is fused, decide how a value is summed and rounded: neither depends on `rows`.
     """
     if itemsize == 4:
         return ProjectConfig(64, 64, 32, num_warps=4, num_stages=2)
-    total = sum(widths)
+    low = sum(ranks)
     # One more pass over x in L2 is cheaper than a launch that reads it from memory, where few tiles share a row.
-    fused = normed and inner <= 320 and sum(ranks) <= 16
-    span = len(widths) > 1 and sum(ranks) <= WIDEST and any(width % 128 for width in widths)
+    fused = normed and inner <= 320 and low <= 16
+    span = len(widths) > 1 and low <= WIDEST and any(width % 128 for width in widths)
     if rows <= 1024:
         return ProjectConfig(64, 64, 64, num_warps=4, num_stages=4, fused=fused, span=span)
-    wide = cdiv(rows, 128) * cdiv(total, 256) >= 132 and total % 256 in (0, 192)
-    columns = 256 if wide and not normed else 128
-    return ProjectConfig(128, columns, 64, num_warps=8, num_stages=3, fused=fused, span=span)
+    # A tile this wide reads x half as often; sm_80 has too few registers for it, as have more low-rank columns.
+    wide = capability >= 90 and fused and sum(widths) % 256 in (0, 192)
+    return ProjectConfig(128, 256 if wide else 128, 64, fused=fused, span=span)
 
 
 @triton.jit
@@ -153,7 +153,7 @@ def normalised(value, mean, inverse_deviation, norm_weight, norm_bias, k, exists
 
 @triton.jit
 def _statistics(source, inner, eps, ROWS: tl.constexpr, DEPTH: tl.constexpr, EVEN: tl.constexpr):
-    """Mean and reciprocal deviation, (ROWS, 1), of rows at `source`: moments of their parts, merged as Chan et al. do."""
+    """Mean and reciprocal deviation (ROWS, 1) of rows at `source`: moments of parts, merged as Chan et al. do."""
     mean = tl.zeros((ROWS, 1), tl.float32)
     moment = tl.zeros((ROWS, 1), tl.float32)
     for start in range(0, inner, DEPTH):
@@ -404,8 +404,8 @@ def shrink(
     dtype, or None: the statistics only.
     """
     rows, inner = x.shape
-    config = config or shrink_heuristic(inner, x.element_size())
     adapters = adapters_of(projections or [(None, None, ())])
+    config = config or shrink_heuristic(x.element_size() if h is None else h.element_size())
     ranks = 0 if h is None else min(adapters.width(span=True), WIDEST)
     arguments = {name: value for name, value in adapters.arguments.items() if name[0] in "ar"}
     arguments |= norm_arguments(x, norm, mean, inverse_deviation) | {"rows": rows, "inner": inner, "h": h}

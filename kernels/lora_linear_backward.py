@@ -85,7 +85,7 @@ def input_heuristic(rows: int, inner: int, itemsize: int) -> InputConfig:
 
 def adapters_heuristic(rows: int, inner: int, widths: Sequence[int], itemsize: int) -> AdaptersConfig:
     """About 1024 programs, each with rows enough that its partial sums are few against what it reads."""
-    columns = 128
+    columns = 128 if itemsize == 2 else 64
     tiles = cdiv(inner, columns) + sum(cdiv(width, columns) for width in widths)
     step = 64 if itemsize == 2 else 32
     return AdaptersConfig(columns, step, max(1, min(cdiv(1024, tiles), cdiv(rows, 4 * step))))
@@ -275,7 +275,7 @@ def low_rank_gradient(grads: Sequence, projections: Sequence, g, config: LowRank
     """
     grads, projections = _adapted(grads, projections)
     adapters = adapters_of(projections)
-    config = config or low_rank_heuristic(grads[0].element_size())
+    config = config or low_rank_heuristic(g.element_size())
     widths = [grad.shape[1] for grad in grads]
     arguments = {name: value for name, value in adapters.arguments.items() if name[0] != "a"}
     arguments |= numbered("grad", grads) | numbered("width", widths, 0) | {"g": g, "rows": len(g), "COUNT": len(grads)}
@@ -372,7 +372,8 @@ def _wanted(found) -> tuple[bool, bool]:
 
 def _default(like, projections) -> AdaptersConfig:
     widths = [weight.shape[0] for weight, _, own in projections if own]
-    return adapters_heuristic(like.shape[0], projections[0][0].shape[1], widths, like.element_size())
+    itemsize = max(a.element_size() for *_, own in projections for a, *_ in own)
+    return adapters_heuristic(like.shape[0], projections[0][0].shape[1], widths, itemsize)
 
 
 def _adapted(grads, projections):

@@ -65,7 +65,6 @@ def of_layer(
     parts, added = backward.adapter_gradients(x, outputs, projections, norm, *statistics, h, h, grads, partials)
     return found | {
         f"shrink, {name}": (forward.shrink(x, projections, norm, *statistics, h), "any"),
-        f"shrink with statistics, {name}": (forward.shrink(x, projections, norm, *statistics, h, given=True), "any"),
         f"low_rank_gradient, {name}": (backward.low_rank_gradient(outputs, projections, h), "any"),
         f"input_gradient, {name}": (backward.input_gradient(outputs, projections, h, grad_n), newest),
         f"adapter_gradients, {name}": (parts, "any"),
