@@ -18,7 +18,7 @@ class Case(NamedTuple):
     """One op on inputs of one shape.
 
     Attributes:
-        inputs: random fp64 tensors, each of which wants a gradient.
+        inputs: random fp64 tensors; those that require grad want a gradient.
         ours: op(inputs, backend); stock: what it replaces. Both return tensors.
         question: what the op's backends are asked of these inputs.
     """
@@ -36,7 +36,10 @@ def geglu(rows: int, columns: int) -> Case:
         return hidden * F.gelu(gate)
 
     return Case(
-        "geglu", lambda: [normal(rows, 2 * columns)], lambda inputs, backend: ops.geglu(*inputs, backend=backend), stock
+        "geglu",
+        lambda: trained(normal(rows, 2 * columns)),
+        lambda inputs, backend: ops.geglu(*inputs, backend=backend),
+        stock,
     )
 
 
@@ -44,7 +47,7 @@ def group_norm_silu(n: int, channels: int, height: int, width: int, groups: int,
     def inputs():
         x = normal(n, channels, height, width) + normal(1, channels, 1, 1)
         x = x.to(memory_format=torch.channels_last) if channels_last else x
-        return [x, 1 + normal(channels) / 2, normal(channels), normal(n, channels)]
+        return trained(x, 1 + normal(channels) / 2, normal(channels), normal(n, channels))
 
     def ours(inputs, backend):
         x, weight, bias, add = inputs
@@ -63,7 +66,7 @@ def layer_norm(rows: int, width: int) -> Case:
 
     return Case(
         "layer_norm",
-        lambda: [normal(rows, width) + 1, 1 + normal(width) / 2, normal(width)],
+        lambda: trained(normal(rows, width) + 1, 1 + normal(width) / 2, normal(width)),
         lambda inputs, backend: ops.layer_norm(*inputs, EPS, backend=backend),
         stock,
     )
@@ -103,12 +106,13 @@ def gated_linear(shape: tuple[int, ...], out: int, rank: int, *, norm: bool, bia
 
 
 def _projections(shape, outs, ranks, norm, biased) -> list[Tensor]:
+    """With frozen weights, biases and norm."""
     width = shape[-1]
-    found = [normal(*shape), *([1 + normal(width) / 2, normal(width)] if norm else [])]
+    found = [*trained(normal(*shape)), *([1 + normal(width) / 2, normal(width)] if norm else [])]
     for out, rank in zip(outs, ranks, strict=True):
         found.append(normal(out, width) / width**0.5)
         found += [normal(out)] if biased else []
-        found += [normal(rank, width) / width**0.5, normal(out, rank) / rank**0.5] if rank else []
+        found += trained(normal(rank, width) / width**0.5, normal(out, rank) / rank**0.5) if rank else []
     return found
 
 
@@ -137,11 +141,15 @@ def attention(b: int, heads: int, n: int, m: int, d: int) -> Case:
 
     return Case(
         "attention",
-        lambda: [normal(b, n, heads * d), normal(b, m, heads * d), normal(b, m, heads * d)],
+        lambda: trained(normal(b, n, heads * d), normal(b, m, heads * d), normal(b, m, heads * d)),
         ours,
         stock,
         lambda inputs: tuple(split(t) for t in inputs),
     )
+
+
+def trained(*tensors: Tensor) -> list[Tensor]:
+    return [t.requires_grad_() for t in tensors]
 
 
 def normal(*shape: int) -> Tensor:

@@ -26,20 +26,29 @@ def parameters():
 
 @pytest.mark.parametrize(("case", "backend", "dtype"), parameters())
 def test_value_and_gradients(case, backend, dtype):
-    exact = [t.to(DEVICE).requires_grad_() for t in case.inputs()]
-    inputs = [t.detach().to(dtype).requires_grad_() for t in exact]
+    exact = [t.detach().to(DEVICE).requires_grad_(t.requires_grad) for t in case.inputs()]
+    inputs = [t.detach().to(dtype).requires_grad_(t.requires_grad) for t in exact]
     if reasons := OPS[case.op].not_supported_reasons[backend](*case.question(inputs)):
         pytest.skip("; ".join(reasons))
     with torch.no_grad():  # the very same numbers
         for wide, narrow in zip(exact, inputs, strict=True):
             wide.copy_(narrow)
-    expected, y = case.stock(exact), case.ours(inputs, backend)
-    grad = torch.randn_like(expected).to(dtype)
-    truth = [expected, *torch.autograd.grad(expected, exact, grad.double())]
-    ours = [y, *torch.autograd.grad(y, inputs, grad)]
-    yardstick = case.stock(inputs)
-    stock = [yardstick, *torch.autograd.grad(yardstick, inputs, grad)]
-    for name, value, theirs, right in zip(("y", *range(len(inputs))), ours, stock, truth, strict=True):
+    truth = case.stock(exact)
+    grad = torch.randn_like(truth).to(dtype)
+    truth, ours, stock = (
+        results(*parts, grad)
+        for parts in (
+            (truth, exact),
+            (case.ours(inputs, backend), inputs),
+            (case.stock(inputs), inputs),
+        )
+    )
+    for name, value, theirs, right in zip(range(len(truth)), ours, stock, truth, strict=True):
         assert value.dtype == theirs.dtype
         error, bound = relative_error(value, right), 2 * relative_error(theirs, right) + 1e-6
         assert error <= bound, f"{name}: {error:.2e} > {bound:.2e}"
+
+
+def results(output, inputs, grad):
+    """The output, and the gradients of those inputs that want one."""
+    return [output, *torch.autograd.grad(output, [t for t in inputs if t.requires_grad], grad.to(output))]

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.memory import saved_bytes
 from rftcore.ops import Adapter, Norm, Projection, compiled, lora_linear, lora_linears, lora_linears_reference
 from rftcore.ops.backends import OPS
-from rftcore.ops.lora_linear import flatten, normalise, normalise_backward, project, project_backward, restore
+from rftcore.ops.lora_linear import normalise, normalise_backward, project, project_backward
+from rftcore.ops.projections import flatten, restore
 
 BACKENDS = ["torch", "reference", "cpu"]
 # The module: the package's attribute of this name is the function.

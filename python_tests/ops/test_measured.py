@@ -19,7 +19,7 @@ def op_of(order, refusing=()):
 def on_gpu(monkeypatch, tmp_path):
     """A fake tensor of 5 rows on a GPU, and the table's row for it."""
     path = tmp_path / "sm_90.json"
-    won = {"backend": "second", "config": {"geglu": {"rows": 1, "columns": 512, "num_warps": 8}}}
+    won = {"backend": "second", "config": {"geglu.Config": {"rows": 1, "columns": 512, "num_warps": 8}}}
     path.write_text(json.dumps({"winners": {"test_op": {"torch.float16 8": won}}}))
     monkeypatch.setattr(measured, "table", lambda architecture: measured.read(path))
     with FakeTensorMode():
@@ -45,11 +45,11 @@ def test_without_an_entry_the_order_decides(on_gpu):
 
 def test_tile_sizes_come_with_the_winner_or_are_being_tried(on_gpu):
     won = op_of(["first", "second"]).winner(on_gpu)
-    assert jit.config("geglu", won) == jit.kernels("geglu").Config(1, 512, 8)
-    assert jit.config("geglu", None) is None
-    with measured.trying("geglu", {"rows": 2, "columns": 256, "num_warps": 4}):
-        assert jit.config("geglu", won).rows == 2
-    assert jit.config("geglu", won).rows == 1
+    assert jit.config("geglu.Config", won) == jit.kernels("geglu").Config(1, 512, 8)
+    assert jit.config("geglu.Config", None) is None
+    with measured.trying("geglu.Config", {"rows": 2, "columns": 256, "num_warps": 4}):
+        assert jit.config("geglu.Config", won).rows == 2
+    assert jit.config("geglu.Config", won).rows == 1
 
 
 def test_counts_share_a_row_up_to_the_next_power_of_two():
@@ -62,4 +62,4 @@ def test_committed_tables_name_ops_and_backends_that_exist():
             for won in rows.values():
                 assert won.backend in OPS[name].not_supported_reasons
                 for kernel, sizes in won.config.items():
-                    jit.kernels(kernel).Config(**sizes)
+                    jit.config(kernel, measured.Winner("triton", {kernel: sizes}))

@@ -11,7 +11,7 @@ from rftcore.blocks.dropout import DroppedAdapter
 from rftcore.blocks.modules import Dropped
 from rftcore.blocks.program import Program, Step
 from rftcore.ops import Geometry, Projection
-from rftcore.ops.lora_linear import flatten
+from rftcore.ops.projections import flatten
 
 
 class Builder:

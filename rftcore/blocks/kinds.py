@@ -26,15 +26,8 @@ from rftcore.ops.group_norm_silu import OP as GROUP_NORM_OP
 from rftcore.ops.group_norm_silu import group_norm_silu_backward, group_norm_silu_forward
 from rftcore.ops.lora_conv2d import convolve, convolve_backward
 from rftcore.ops.lora_linear import OP as LINEAR_OP
-from rftcore.ops.lora_linear import (
-    Norm,
-    flatten,
-    lora_linears_backward,
-    lora_linears_forward,
-    normalise,
-    normalise_backward,
-    restore,
-)
+from rftcore.ops.lora_linear import lora_linears_backward, lora_linears_forward, normalise, normalise_backward
+from rftcore.ops.projections import Norm, flatten, restore
 
 
 @dataclass(frozen=True)

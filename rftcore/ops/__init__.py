@@ -7,7 +7,8 @@ from rftcore.ops.geglu import geglu, geglu_reference
 from rftcore.ops.group_norm_silu import group_norm_silu, group_norm_silu_reference
 from rftcore.ops.layer_norm import layer_norm, layer_norm_reference
 from rftcore.ops.lora_conv2d import lora_conv2d, lora_conv2d_reference
-from rftcore.ops.lora_linear import Adapter, Norm, Projection, lora_linear, lora_linears, lora_linears_reference
+from rftcore.ops.lora_linear import lora_linear, lora_linears, lora_linears_reference
+from rftcore.ops.projections import Adapter, Norm, Projection
 from rftcore.ops.sampler_step import Coefficient, SamplerStep, sampler_step, sampler_step_reference
 
 __all__ = [

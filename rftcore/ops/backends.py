@@ -15,17 +15,20 @@ from rftcore.ops.measured import Winner
 class Op:
     """An op's backends, each with its `not_supported_reasons(*inputs) -> list[str]`, in order of preference.
 
-    On a GPU the backend comes first that was measured to be the fastest for such inputs (`ops/tables/`).
+    On a GPU the backend comes first that was measured to be the fastest for such inputs (`ops/tables/`), and where
+    nothing was measured, the one that `heuristic` names.
 
     Attributes:
         example: `example(device, dtype)` gives representative inputs for `rftcore info`.
         key: `key(*inputs)`: what the tables of measurements tell inputs apart by; None: nothing is measured.
+        heuristic: `heuristic(*inputs)`: the backend to try first on a GPU; None: the order decides.
     """
 
     name: str
     not_supported_reasons: dict[str, Callable[..., list[str]]]
     example: Callable[[str, torch.dtype], tuple] = field(repr=False)
     key: Callable[..., str] | None = field(default=None, repr=False)
+    heuristic: Callable[..., str | None] | None = field(default=None, repr=False)
 
     def winner(self, *inputs) -> Winner | None:
         """What was measured to be fastest for `inputs`; None where nothing was."""
@@ -36,10 +39,7 @@ class Op:
     def choose(self, backend: str, *inputs) -> str:
         """The name of the backend that serves `inputs`: the one asked for; else the measured or first that can."""
         if backend == "auto":
-            order = self.not_supported_reasons
-            if (won := self.winner(*inputs)) is not None and won.backend in order:
-                order = (won.backend, *order)
-            for name in order:
+            for name in self._order(*inputs):
                 if not self.not_supported_reasons[name](*inputs):
                     return name
             raise RuntimeError(f"{self.name}: no backend serves this input. {self.explain(*inputs)}")
@@ -52,6 +52,17 @@ class Op:
                 'backend="auto" takes the first that can; `rftcore info` lists them.'
             )
         return backend
+
+    def _order(self, *inputs) -> tuple[str, ...]:
+        """The backends, the one first that was measured or is believed to be the fastest."""
+        on_gpu = inputs[0].device.type == "cuda"
+        # On a CPU it is Triton's interpreter, for those who ask for it.
+        names = tuple(name for name in self.not_supported_reasons if name != "triton" or on_gpu)
+        if not on_gpu:
+            return names
+        won = self.winner(*inputs)
+        first = won.backend if won is not None else self.heuristic(*inputs) if self.heuristic is not None else None
+        return (first, *names) if first in names else names
 
     def prefer(self, backend: str, *inputs) -> str:
         """The name of the backend that serves `inputs`: `backend` where it can, else as for "auto"."""

@@ -7,20 +7,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rftcore.ops import autocast, backends, compiled
+from rftcore.ops import autocast, backends, compiled, fused_linears
 from rftcore.ops.geglu import OP as GEGLU
 from rftcore.ops.geglu import geglu_backward, geglu_forward, geglu_reference
 from rftcore.ops.lora_linear import OP as LORA_LINEAR
 from rftcore.ops.lora_linear import (
-    Norm,
-    Projection,
     check_projections,
-    flatten,
     lora_linears_backward,
     lora_linears_forward,
     lora_linears_reference,
-    restore,
 )
+from rftcore.ops.projections import Norm, Projection, flatten, restore
 
 
 def gated_linear(x: Tensor, projection: Projection, norm: Norm | None = None, *, backend: str = "auto") -> Tensor:
@@ -32,7 +29,7 @@ def gated_linear(x: Tensor, projection: Projection, norm: Norm | None = None, *,
         x: (..., in), fp64, fp32, bf16 or fp16.
         projection: to (..., 2D); hidden states first, gate second.
         norm: a LayerNorm of x before it.
-        backend: "auto", "separate" (the two ops, each by its own backend) or "reference".
+        backend: "auto", "triton", "separate" (the two ops, each by its own backend) or "reference".
 
     Shapes: (..., D).
     Raises: ValueError for inputs that do not fit; RuntimeError where `backend` cannot serve them.
@@ -67,6 +64,8 @@ def gated_linear_forward(
     Args:
         lower: autocast's dtype.
     """
+    if backend == "triton":
+        return fused_linears.gated(x, projection, norm, lower, keep)
     u = _project(x, projection, norm, lower, backend)
     return geglu_forward(u, GEGLU.choose(_own(backend), u)), u if keep else None
 
@@ -89,6 +88,8 @@ def gated_linear_backward(
         x: as the forward took it; None where u is given and `lora_linears_backward` does without it.
         needs: for each of these gradients, whether it is needed; the norm's two are False where there is none.
     """
+    if backend == "triton":
+        return fused_linears.gated_backward(grad_y, x, u, projection, norm, lower, needs)
     if u is None:
         u = _project(x, projection, norm, lower, backend)
     grad_u = geglu_backward(grad_y, u, GEGLU.choose(_own(backend), u))
@@ -156,9 +157,11 @@ OP = backends.register(
     backends.Op(
         "gated_linear",
         {
+            "triton": lambda x, projection=None, *others: fused_linears.reasons(x, (projection,), *others),
             "separate": lambda x, *others: backends.transform_reasons(),
             "reference": lambda x, *others: [],
         },
         _example,
+        lambda x, projection, *others: fused_linears.key(x, (projection,), *others),
     )
 )

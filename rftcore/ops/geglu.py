@@ -95,7 +95,7 @@ def _problem(u):
 def _launch_forward(u, backend):
     y, u = _output(u, backend), u.contiguous()
     if backend == "triton":
-        config = jit.config("geglu", OP.winner(u))
+        config = jit.config("geglu.Config", OP.winner(u))
         jit.run(u.device, jit.kernels("geglu").forward(jit.rows(u), jit.rows(y), config))
     else:
         compiled.launch("geglu_forward", u.device, *_problem(u), u.data_ptr(), y.data_ptr())
@@ -105,7 +105,7 @@ def _launch_forward(u, backend):
 def _launch_backward(grad_y, u, backend):
     grad_u, grad_y, u = _gradient(grad_y, u, backend), grad_y.contiguous(), u.contiguous()
     if backend == "triton":
-        config = jit.config("geglu", OP.winner(u))
+        config = jit.config("geglu.Config", OP.winner(u))
         jit.run(u.device, jit.kernels("geglu").backward(jit.rows(grad_y), jit.rows(u), jit.rows(grad_u), config))
     else:
         compiled.launch("geglu_backward", u.device, *_problem(u), u.data_ptr(), grad_y.data_ptr(), grad_u.data_ptr())

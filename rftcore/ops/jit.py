@@ -36,9 +36,19 @@ def rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def config(name: str, winner: Winner | None) -> Any:
-    """The tile sizes that `rftcore.kernels.<name>` won with; None, for its heuristic, where nothing was measured."""
+    """The tile sizes, "<module>.<class>" in `rftcore.kernels`, that won; None, for the heuristic's, where none did."""
     sizes = measured.tile_sizes(name, winner)
-    return None if sizes is None else kernels(name).Config(**sizes)
+    if sizes is None:
+        return None
+    module, _, kind = name.partition(".")
+    return getattr(kernels(module), kind)(**sizes)
+
+
+@functools.cache
+def capability(device: torch.device) -> int:
+    """Such as 90, for kernels' heuristics; that of the oldest GPU that is served where the interpreter runs."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else _OLDEST
+    return 10 * major + minor
 
 
 def run(device: torch.device, *launches: Launch) -> None:

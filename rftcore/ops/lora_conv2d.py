@@ -9,7 +9,7 @@ from torch.nn.grad import conv2d_weight
 
 from rftcore.ops import autocast, backends, compiled
 from rftcore.ops.frozen_conv2d import Geometry, check_conv2d, conv2d_grad_x, memory_format_of
-from rftcore.ops.lora_linear import Adapter, Projection, flatten, restore
+from rftcore.ops.projections import Adapter, Projection, flatten, restore
 
 
 def lora_conv2d(

@@ -1,7 +1,7 @@
 """Linear projections of one input, with LoRA adapters and a LayerNorm in front: saves that input, once."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,31 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import flop_counter
 
-from rftcore.ops import autocast, backends, compiled
-
-
-class Adapter(NamedTuple):
-    """A low-rank addition, scale * b a: a (r, in), b (out, r); kernels of convolutions in `lora_conv2d`."""
-
-    a: Tensor
-    b: Tensor
-    scale: float
-
-
-class Projection(NamedTuple):
-    """weight (out, in), bias (out,) or None, and the active adapters."""
-
-    weight: Tensor
-    bias: Tensor | None = None
-    adapters: tuple[Adapter, ...] = ()
-
-
-class Norm(NamedTuple):
-    """A LayerNorm over the last dimension: weight and bias (in,), or None: 1 and 0."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
+from rftcore.ops import autocast, backends, compiled, fused_linears
+from rftcore.ops.projections import Adapter, Norm, Projection, flatten, restore, scales_of
 
 
 def lora_linear(x: Tensor, projection: Projection, norm: Norm | None = None, *, backend: str = "auto") -> Tensor:
@@ -58,7 +35,8 @@ def lora_linears(
         x: (..., in), fp64, fp32, bf16 or fp16.
         projections: one or more.
         norm: a LayerNorm of x before all of them.
-        backend: "auto", "cpu" (the adapters in one compiled pass over n and the outputs), "torch" or "reference".
+        backend: "auto", "cpu" (the adapters in one compiled pass over n and the outputs), "triton" (the norm in front of
+            the product and the adapters behind it, in one launch or two), "torch" or "reference".
 
     Shapes: (..., out) for each projection.
     Raises: ValueError for inputs that do not fit; RuntimeError where `backend` cannot serve them.
@@ -70,8 +48,7 @@ def lora_linears(
         return lora_linears_reference(x, projections, norm)
     tensors = [*((None, None) if norm is None else norm[:2]), *flatten(projections)]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
-        scales = tuple(tuple(adapter.scale for adapter in p.adapters) for p in projections)
-        return _LoraLinears.apply((scales, norm and norm.eps, lower, backend), x, *tensors)
+        return _LoraLinears.apply((scales_of(projections), norm and norm.eps, lower, backend), x, *tensors)
     return tuple(lora_linears_forward(x, projections, norm, lower, backend))
 
 
@@ -85,20 +62,6 @@ def lora_linears_reference(x: Tensor, projections: Sequence[Projection], norm: N
             y = y + F.linear(F.linear(n.to(a.dtype), a), b) * scale
         outputs.append(y.to(base.dtype))
     return tuple(outputs)
-
-
-def flatten(projections: Iterable[Projection]) -> list:
-    """Weight, bias, and each adapter's a and b, of one projection after the other; `restore` is the inverse."""
-    return [t for p in projections for t in (p.weight, p.bias, *(m for adapter in p.adapters for m in adapter[:2]))]
-
-
-def restore(values: Iterable, scales: Iterable[Iterable[float]]) -> list[Projection]:
-    """Projections of these values; `scales` holds a scale for each adapter of each projection."""
-    values = iter(values)
-    return [
-        Projection(next(values), next(values), tuple(Adapter(next(values), next(values), scale) for scale in row))
-        for row in scales
-    ]
 
 
 @torch.no_grad()
@@ -116,6 +79,10 @@ def lora_linears_forward(
         lower: autocast's dtype.
         residual: (..., out), added to the output of a single projection, whose dtype is then that of their sum.
     """
+    if backend == "triton":
+        fits = residual is not None and residual.dtype == x.dtype
+        outputs = fused_linears.linears(x, residual if fits else None, projections, norm, lower)
+        return outputs if residual is None or fits else [outputs[0] + residual]
     n = x if norm is None else normalise(x, norm, lower)[0]
     return project(n, projections, lower, residual=residual, backend=backend)
 
@@ -137,7 +104,9 @@ def lora_linears_backward(
         x: as the forward took it; None where it has no norm and where no weight, a or b needs a gradient.
         needs: for each of these gradients, whether it is needed; the norm's two are False where there is none.
     """
-    needs_x, needs_norm, needs_projections = needs[0], needs[1:3], restore(needs[3:], _scales(projections))
+    if backend == "triton":
+        return fused_linears.linears_backward(grads, x, projections, norm, lower, needs)
+    needs_x, needs_norm, needs_projections = needs[0], needs[1:3], restore(needs[3:], scales_of(projections))
     if norm is None:
         grad, found = project_backward(x, projections, grads, needs_x, needs_projections, lower, backend=backend)
         return [grad, None, None, *flatten(found)]
@@ -148,10 +117,6 @@ def lora_linears_backward(
     if needs_n:
         below = normalise_backward(grad_n.view(n.shape), x, norm, mean, inverse_deviation, list(needs[:3]), lower)
     return [*below, *flatten(found)]
-
-
-def _scales(projections: Iterable[Projection]) -> list[list[float]]:
-    return [[adapter.scale for adapter in p.adapters] for p in projections]
 
 
 def normalise(x: Tensor, norm: Norm, lower: torch.dtype | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -577,10 +542,12 @@ OP = backends.register(
         "lora_linear",
         {
             "cpu": _not_compiled_reasons,
+            "triton": fused_linears.reasons,
             "torch": lambda x, *others: backends.transform_reasons(),
             "reference": lambda x, *others: [],
         },
         _example,
+        fused_linears.key,
     )
 )
 
