@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.backends import cuda as switches
 
-from rftcore.ops import backends, compiled
+from rftcore.ops import backends, compiled, fused_attention
 
 aten = torch.ops.aten
 
@@ -24,8 +24,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, ba
         q: (B, heads, N, d), fp64, fp32, bf16 or fp16, any strides, such as a (B, N, heads * d) tensor's view.
         k, v: (B, heads, M, d), of q's dtype.
         scale: None: 1 / sqrt(d).
-        backend: "auto", "flash", "cudnn", "efficient", "math" or "reference". `torch.nn.attention.sdpa_kernel` switches
-            them off, for the forward; the backward is that of the forward's backend. "reference" keeps probabilities.
+        backend: "auto", "flash", "cudnn", "efficient", "math", "triton" or "reference".
+            `torch.nn.attention.sdpa_kernel` switches PyTorch's off, for the forward; the backward is that of the
+            forward's backend. "reference" keeps probabilities.
 
     Shapes: (B, heads, N, d).
     Raises: ValueError for inputs that do not fit; RuntimeError where `backend` cannot serve them.
@@ -217,6 +218,7 @@ _KERNELS = {
     "flash": _Kernel(_flash_forward, _flash_backward),
     "cudnn": _Kernel(_cudnn_forward, _cudnn_backward),
     "efficient": _Kernel(_efficient_forward, _efficient_backward),
+    "triton": _Kernel(fused_attention.forward, fused_attention.backward),
     "math": _Kernel(_math_forward, _math_backward),
 }
 
@@ -263,10 +265,13 @@ OP = backends.register(
             "flash": _fused_reasons("flash", ("cpu", "cuda"), switches.can_use_flash_attention),
             "cudnn": _fused_reasons("cudnn", ("cuda",), switches.can_use_cudnn_attention),
             "efficient": _fused_reasons("mem_efficient", ("cuda",), switches.can_use_efficient_attention),
+            "triton": fused_attention.reasons,
             "math": lambda q, k, v: backends.transform_reasons() + _switched_off("math"),
             "reference": lambda q, k, v: _switched_off("math"),
         },
         lambda device, dtype: tuple(torch.empty(2, 8, n, 40, device=device, dtype=dtype) for n in (4096, 77, 77)),
+        fused_attention.key,
+        fused_attention.heuristic,
     )
 )
 

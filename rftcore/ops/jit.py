@@ -36,12 +36,16 @@ def rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def config(name: str, winner: Winner | None) -> Any:
-    """The tile sizes, "<module>.<class>" in `rftcore.kernels`, that won; None, for the heuristic's, where none did."""
+    """The tile sizes that won; None, for the heuristic's, where none did.
+
+    Args:
+        name: "<module>.<class>" in `rftcore.kernels`, and behind a colon which launch of several that have this class.
+    """
     sizes = measured.tile_sizes(name, winner)
     if sizes is None:
         return None
     module, _, kind = name.partition(".")
-    return getattr(kernels(module), kind)(**sizes)
+    return getattr(kernels(module), kind.partition(":")[0])(**sizes)
 
 
 @functools.cache
