@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import triton
 import triton.language as tl
@@ -64,6 +64,27 @@ class ProjectConfig:
     precision: str = "tf32x3"
 
 
+@dataclass(frozen=True)
+class StripConfig:
+    """A program's rows, of which it keeps all of n on chip, and columns of the outputs in each of its steps.
+
+    x is read once, and the statistics and low-rank columns are computed on the way: no `shrink` comes first. For rows
+    that fit: 320 values in half precision, with tiles of 128 by 64.
+
+    Attributes:
+        parts: programs that share a strip's columns.
+        precision: of products of fp32 values, `tl.dot`'s input_precision.
+    """
+
+    rows: int
+    columns: int
+    parts: int = 1
+    num_warps: int = 8
+    num_stages: int = 2
+    precision: str = "tf32x3"
+    fused: ClassVar[bool] = True
+
+
 def shrink_heuristic(itemsize: int) -> ShrinkConfig:
     """Bound by reading x: few rows a program, so that many are in flight; the second pass finds them in a cache."""
     return ShrinkConfig(32, 64 if itemsize == 2 else 32)
@@ -80,19 +101,23 @@ def project_heuristic(
 ) -> ProjectConfig:
     """Tiles for wgmma with two groups of warps.
 
-    The depth, and whether it is fused, decide how a value is summed and rounded: neither depends on `rows`.
+    The kind of config, its depth and whether it is fused decide how a value is summed and rounded: none depends on
+    `rows`.
     """
     if itemsize == 4:
         return ProjectConfig(64, 64, 32, num_warps=4, num_stages=2)
     low = sum(ranks)
-    # One more pass over x in L2 is cheaper than a launch that reads it from memory, where few tiles share a row.
-    fused = normed and inner <= 320 and low <= 16
+    if capability >= 90 and normed and inner <= 320 and low <= WIDEST:
+        # sm_80 has too few registers. Strips too few for an H100's multiprocessors share their columns.
+        tiles = sum(cdiv(width, 64) for width in widths)
+        return StripConfig(128, 64, parts=min(tiles, cdiv(132, max(cdiv(rows, 128), 1))))
+    # One more pass over x in L2 is cheaper than a launch that reads it from memory, where few tiles share a row. The
+    # low-rank columns alone cost no pass.
+    fused = low <= 16 and (inner <= 320 or not normed)
     span = len(widths) > 1 and low <= WIDEST and any(width % 128 for width in widths)
     if rows <= 1024:
         return ProjectConfig(64, 64, 64, num_warps=4, num_stages=4, fused=fused, span=span)
-    # A tile this wide reads x half as often; sm_80 has too few registers for it, as have more low-rank columns.
-    wide = capability >= 90 and fused and sum(widths) % 256 in (0, 192)
-    return ProjectConfig(128, 256 if wide else 128, 64, fused=fused, span=span)
+    return ProjectConfig(128, 128, 64, fused=fused, span=span)
 
 
 @triton.jit
@@ -334,6 +359,102 @@ def _project_kernel(
     tl.store(target, total.to(y0.dtype.element_ty), exists)
 
 
+@triton.jit
+def _centred(value, mean, exists):
+    value = value.to(tl.float32) - mean
+    if exists is not None:
+        value = tl.where(exists, value, 0.0)
+    return value
+
+
+@triton.jit
+def _strip_kernel(
+    x, mean, inverse_deviation, norm_weight, norm_bias, eps, weight0, weight1, weight2, bias0, bias1, bias2,
+    a0, a1, a2, b0, b1, b2, scale0, scale1, scale2, residual, y0, y1, y2,
+    rows, inner, width0, width1, width2, rank0, rank1, rank2,
+    COUNT: tl.constexpr, BIASES: tl.constexpr, NORM: tl.constexpr, RANKS: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+    row_exists = row < rows
+    row = tl.minimum(row, rows - 1)
+    source = x + row * inner
+    # A row's size is no power of two: it is a head and a tail that are.
+    k_head = tl.arange(0, HEAD)[None, :]
+    head = tl.load(source + k_head)
+    if TAIL > 0:
+        k_tail = HEAD + tl.arange(0, TAIL)[None, :]
+        tail_exists = None if EVEN else k_tail < inner
+        tail = _load(source + k_tail, tail_exists)
+    if NORM != 0:
+        center = tl.sum(head.to(tl.float32), 1, keep_dims=True)
+        if TAIL > 0:
+            center += tl.sum(tail.to(tl.float32), 1, keep_dims=True)
+        center /= inner
+        centred = _centred(head, center, None)
+        moment = tl.sum(centred * centred, 1, keep_dims=True)
+        if TAIL > 0:
+            centred = _centred(tail, center, tail_exists)
+            moment += tl.sum(centred * centred, 1, keep_dims=True)
+        inverse = tl.rsqrt(moment / inner + eps)
+        if mean is not None:
+            if tl.program_id(1) == 0:
+                tl.store(mean + row, center, row_exists)
+                tl.store(inverse_deviation + row, inverse, row_exists)
+        head = normalised(head, center, inverse, norm_weight, norm_bias, k_head, None).to(x.dtype.element_ty)
+        if TAIL > 0:
+            tail = normalised(tail, center, inverse, norm_weight, norm_bias, k_tail, tail_exists)
+            tail = tail.to(x.dtype.element_ty)
+
+    if RANKS > 0:
+        ranks = rank0 + rank1 + rank2
+        j = tl.arange(0, RANKS)[:, None]
+        q = owner(j, rank0, rank1, COUNT)
+        line = j - pick(q, 0, rank0, rank0 + rank1, COUNT)
+        source_a = pick(q, a0, a1, a2, COUNT) + line.to(tl.int64) * inner
+        a = tl.load(source_a + k_head, j < ranks, other=0.0)
+        shrunk = tl.dot(a.to(head.dtype), tl.trans(head), input_precision=PRECISION)
+        if TAIL > 0:
+            a = tl.load(source_a + k_tail, (j < ranks) & (k_tail < inner), other=0.0)
+            shrunk = tl.dot(a.to(head.dtype), tl.trans(tail), shrunk, input_precision=PRECISION)
+        shrunk = (shrunk * pick(q, scale0, scale1, scale2, COUNT)).to(head.dtype)
+
+    tiles0, tiles1 = tl.cdiv(width0, COLUMNS), tl.cdiv(width1, COLUMNS)
+    tiles = tiles0 + tiles1 + tl.cdiv(width2, COLUMNS)
+    share = tl.cdiv(tiles, tl.num_programs(1))
+    start = tl.program_id(1) * share
+    for tile in range(start, tl.minimum(start + share, tiles)):
+        p = owner(tile, tiles0, tiles1, COUNT)
+        width = pick(p, width0, width1, width2, COUNT)
+        first = (tile - pick(p, 0, tiles0, tiles0 + tiles1, COUNT)) * COLUMNS
+        down = first + tl.arange(0, COLUMNS)[:, None]
+        source_weight = pick(p, weight0, weight1, weight2, COUNT) + tl.minimum(down, width - 1).to(tl.int64) * inner
+        # The transposed product: of the two operands it is the second that stays in shared memory, without a copy.
+        weight = tl.load(source_weight + k_head)
+        total = tl.dot(weight, tl.trans(head), input_precision=PRECISION)
+        if TAIL > 0:
+            weight = _load(source_weight + k_tail, tail_exists)
+            total = tl.dot(weight, tl.trans(tail), total, input_precision=PRECISION)
+        if RANKS > 0:
+            rank = pick(p, rank0, rank1, rank2, COUNT)
+            r = tl.arange(0, RANKS)[None, :] - pick(p, 0, rank0, rank0 + rank1, COUNT)
+            theirs = (r >= 0) & (r < rank) & (down < width)
+            b = tl.load(pick(p, b0, b1, b2, COUNT) + down.to(tl.int64) * rank + r, theirs, other=0.0)
+            total = tl.dot(b.to(head.dtype), shrunk, total, input_precision=PRECISION)
+        if BIASES != 0:
+            has_bias = down < width
+            if BIASES != 2**COUNT - 1:
+                has_bias = down < width * pick(p, BIASES & 1, BIASES >> 1 & 1, BIASES >> 2 & 1, COUNT)
+            total += tl.load(pick(p, bias0, bias1, bias2, COUNT) + down, has_bias, other=0.0).to(tl.float32)
+        total = tl.trans(total)
+        column = first + tl.arange(0, COLUMNS)[None, :]
+        place = row * width + column
+        exists = row_exists & (column < width)
+        if residual is not None:
+            total += tl.load(residual + place, exists, other=0.0).to(tl.float32)
+        tl.store(pick(p, y0, y1, y2, COUNT) + place, total.to(y0.dtype.element_ty), exists)
+
+
 class Adapters(NamedTuple):
     """The adapters of some projections, as kernels take them.
 
@@ -419,7 +540,7 @@ def shrink(
 
 def project(
     x, projections: Sequence, outputs: Sequence, norm=None, mean=None, inverse_deviation=None, h=None, residual=None, *,
-    config: ProjectConfig | None = None, capability: int = 80,
+    config: ProjectConfig | StripConfig | None = None, capability: int = 80,
 ) -> Launch:  # fmt: skip
     """Writes all projections of norm(x) to `outputs`, (M, N_p) each.
 
@@ -436,24 +557,47 @@ def project(
     widths = [weight.shape[0] for weight, *_ in projections]
     biases = [bias for _, bias, *_ in projections]
     present = [bias for bias in biases if bias is not None]
-    ranks = adapters.width(config.span)
-    tiles = cdiv(sum(widths), config.columns) if config.span else sum(cdiv(width, config.columns) for width in widths)
-    norm_mode = 0 if norm is None else (_COMPUTED if config.fused else _GIVEN).value
-    arguments = norm_arguments(x, norm, mean, inverse_deviation) | {"rows": rows, "inner": inner}
-    arguments |= adapters.arguments
+    arguments = norm_arguments(x, norm, mean, inverse_deviation) | adapters.arguments
+    arguments |= {"rows": rows, "inner": inner, "residual": residual}
     arguments |= numbered("weight", [weight for weight, *_ in projections]) | numbered("y", outputs)
     arguments |= numbered("bias", [bias if bias is not None else present[0] for bias in biases] if present else [])
-    arguments |= numbered("width", widths, 0) | {"h": None if config.fused else h, "residual": residual}
+    arguments |= numbered("width", widths, 0)
     arguments |= {"COUNT": len(projections), "BIASES": sum(1 << i for i, bias in enumerate(biases) if bias is not None)}
-    arguments |= {"NORM": norm_mode, "FUSED": config.fused, "RANKS": ranks, "SPAN": config.span}
+    arguments |= {"PRECISION": config.precision, "ROWS": config.rows, "COLUMNS": config.columns}
+    options = config.num_warps, config.num_stages
+    if isinstance(config, StripConfig):
+        head, tail = strip_parts(inner)
+        ranks = adapters.width(span=True)
+        if ranks > WIDEST:
+            raise ValueError(
+                f"project: the adapters have rank {sum(adapters.ranks)} together; a StripConfig takes {WIDEST}. "
+                "Give a ProjectConfig."
+            )
+        # In the shape of a tile of the weights the low-rank products need no registers for another layout of n.
+        ranks = max(ranks, min(config.columns, WIDEST)) if ranks else 0
+        arguments |= {"NORM": norm is not None, "RANKS": ranks, "EVEN": head + tail == inner}
+        arguments |= {"HEAD": head, "TAIL": tail}
+        return Launch(_strip_kernel, (cdiv(rows, config.rows), config.parts), arguments, *options)
+    span, low_rank = config.span, low_rank_precision(x, adapters, config.precision)
+    arguments |= {
+        "LOW_RANK": low_rank,
+        "NORM": 0 if norm is None else (_COMPUTED if config.fused else _GIVEN).value,
+        "FUSED": config.fused,
+    }
+    arguments |= {"h": None if config.fused else h, "RANKS": adapters.width(span), "SPAN": span}
     arguments |= {"ALIGNED": aligned([weight for weight, *_ in projections], outputs)}
-    arguments |= {"EVEN": inner % config.depth == 0, "PRECISION": config.precision}
-    arguments |= {"LOW_RANK": low_rank_precision(x, adapters, config.precision)}
-    arguments |= {"ROWS": config.rows, "COLUMNS": config.columns, "DEPTH": config.depth, "GROUP": config.group}
-    return Launch(_project_kernel, (cdiv(rows, config.rows) * tiles,), arguments, config.num_warps, config.num_stages)
+    arguments |= {"EVEN": inner % config.depth == 0, "DEPTH": config.depth, "GROUP": config.group}
+    tiles = cdiv(sum(widths), config.columns) if span else sum(cdiv(width, config.columns) for width in widths)
+    return Launch(_project_kernel, (cdiv(rows, config.rows) * tiles,), arguments, *options)
 
 
-def default_config(x, projections: Sequence, norm, capability: int = 80) -> ProjectConfig:
+def strip_parts(inner: int) -> tuple[int, int]:
+    """The powers of two that a row of a strip is held in: the largest one in it, and one that has the rest, or 0."""
+    head = 1 << (inner.bit_length() - 1)
+    return head, max(16, triton.next_power_of_2(inner - head)) if inner > head else 0
+
+
+def default_config(x, projections: Sequence, norm, capability: int = 80) -> ProjectConfig | StripConfig:
     """What `project` takes where it is given none: the caller sees by it whether a `shrink` comes first."""
     widths = [weight.shape[0] for weight, *_ in projections]
     ranks = adapters_of(projections).ranks

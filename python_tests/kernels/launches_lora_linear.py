@@ -14,7 +14,8 @@ def empty(*shape, dtype=BF16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launches() -> dict:
+def launches(capability: int = 80) -> dict:
+    """Those of the configs that a chip of this capability has by default, and other variants."""
     found = {}
     # Self-attention's q, k and v behind a norm, and what follows it, of SD1.5 and of SDXL.
     found |= of_layer("qkv 320, rank 4", 8 * 4096, 320, (320, 320, 320), 4, BF16, norm=True)
@@ -24,8 +25,10 @@ def launches() -> dict:
     found |= of_layer("text kv, rank 8, fp32 adapters", 8 * 77, 2048, (640, 640), 8, FP32)
     found |= of_layer("ff 10240, rank 8", 4 * 1024, 1280, (10240,), 8, BF16, norm=True, bias=True)
     found |= of_layer("qkv 320 in fp32, rank 4", 2 * 4096, 320, (320, 320, 320), 4, FP32, base=FP32, norm=True)
+    strip = forward.StripConfig(128, 64)
+    found |= of_layer("ff 2560, strip", 8 * 4096, 320, (2560,), 8, BF16, norm=True, bias=True, config=strip)
     # The other variants of the forward.
-    for name, config in VARIANTS.items():
+    for name, config in {**VARIANTS, **(VARIANTS_FROM_90 if capability >= 90 else {})}.items():
         found |= of_layer(f"qkv 320, {name}", 8 * 4096, 320, (320,) * 3, 4, BF16, norm=True, config=config)
     return found
 
@@ -34,6 +37,13 @@ VARIANTS = {
     "fused": forward.ProjectConfig(128, 128, 64, fused=True, span=True),
     "not fused": forward.ProjectConfig(128, 128, 64, span=True),
     "apart": forward.ProjectConfig(128, 64, 64),
+}
+
+
+# More registers than sm_80 has for them.
+VARIANTS_FROM_90 = {
+    "strip": forward.StripConfig(128, 64),
+    "fused, wide": forward.ProjectConfig(128, 256, 64, fused=True, span=True),
 }
 
 

@@ -24,6 +24,8 @@ PROJECT = {
     "tiny": TINY,
     "spanning": SPANNING,
     "fused": forward.ProjectConfig(32, 16, 16, group=3, fused=True),
+    "strip": forward.StripConfig(16, 16, num_warps=1),
+    "shared strip": forward.StripConfig(32, 64, parts=2),
     "fused, spanning": forward.ProjectConfig(32, 32, 16, group=8, fused=True, span=True),
 }
 TINY_BACKWARD = (
@@ -179,11 +181,15 @@ def pooled(values):
     return [torch.cat([v.double().flatten() for v in small])] if small else []
 
 
-@pytest.mark.parametrize(
-    ("config", "dtype", "adapter_dtype"),
-    [*(("default", *dtypes) for dtypes in DTYPES), *((name, *MIXED) for name in list(PROJECT)[1:])],
-)
-@pytest.mark.parametrize("case", CASES)
+FORWARD = [(case, "default", *dtypes) for case in CASES for dtypes in DTYPES] + [
+    (case, config, *MIXED)
+    for case, sizes in CASES.items()
+    for config in PROJECT
+    if config != "default" and not ("strip" in config and sum(sizes.ranks) > forward.WIDEST)
+]
+
+
+@pytest.mark.parametrize(("case", "config", "dtype", "adapter_dtype"), FORWARD)
 def test_forward(case, config, dtype, adapter_dtype):
     given = problem(CASES[case], dtype, adapter_dtype)
     canaries = Canaries()
@@ -274,7 +280,7 @@ def test_only_wanted_gradients(wanted):
     assert_as_good(stock, [t for t in chain(*found) if t is not None], exact)
 
 
-@pytest.mark.parametrize("config", ["tiny", "spanning", "fused"])
+@pytest.mark.parametrize("config", ["spanning", "fused", "strip"])
 def test_a_row_does_not_depend_on_the_others(config):
     given = problem(CASES["three"], torch.float16, torch.float16)
     whole, mean, inverse, _ = run_forward(given, PROJECT[config], Canaries())
@@ -317,3 +323,6 @@ def test_what_no_kernel_takes_is_an_error():
         forward.adapters_of(given.projections[1:] * 4)
     with pytest.raises(ValueError, match="residual"):
         forward.project(given.x, given.projections[1:] * 2, given.grads, given.norm, residual=given.grads[0])
+    given = problem(CASES["high ranks"], torch.float32, torch.float32)
+    with pytest.raises(ValueError, match="rank 167 together"):
+        forward.project(given.x, given.projections, given.grads, given.norm, config=PROJECT["strip"])
