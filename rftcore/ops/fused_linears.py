@@ -41,7 +41,13 @@ def reasons(
     dtypes = {autocast.lowered(m, lower) for adapter in adapters for m in adapter[:2]}
     if len(dtypes) > 1 or not dtypes <= {x.dtype, torch.float32}:
         found.append(f"adapters are {', '.join(sorted(map(str, dtypes)))}; they must all be {x.dtype} or all fp32")
-    if not adapters and norm is None:
+    return found
+
+
+def reasons_without_gate(x: Tensor, projections: Sequence[Projection] = (), lower=None, norm=None) -> list[str]:
+    """Why the kernels do not serve these projections with nothing behind them."""
+    found = reasons(x, projections, lower, norm)
+    if norm is None and not any(p.adapters for p in projections):
         found.append("it has no norm and no adapter, and without them it is a product of PyTorch's")
     return found
 

@@ -542,7 +542,7 @@ OP = backends.register(
         "lora_linear",
         {
             "cpu": _not_compiled_reasons,
-            "triton": fused_linears.reasons,
+            "triton": fused_linears.reasons_without_gate,
             "torch": lambda x, *others: backends.transform_reasons(),
             "reference": lambda x, *others: [],
         },
