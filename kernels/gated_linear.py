@@ -13,9 +13,8 @@ values are the same bits. Bound by the matrix units.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 
@@ -48,11 +47,16 @@ class Counts(NamedTuple):
     flops: int
 
 
-def heuristic(dtype: torch.dtype) -> Config:
-    """It must not look at the number of rows: a row's result does not depend on the rows beside it."""
-    if dtype == torch.float32:
+def heuristic(itemsize: int, width: int) -> Config:
+    """It must not look at the number of rows: a row's result does not depend on the rows beside it.
+
+    Where K is short, GELU and norm take as long as the products: a tile that leaves room for a second program on an
+    sm_90, to overlap them. Where K is long, the products do: a tile that reads fewer bytes from the L2 cache for each.
+    By count of instructions and bytes; not measured.
+    """
+    if itemsize == 4:
         return Config(128, 32, 16, 8, 3)
-    return Config(128, 64, 64, 8, 3)
+    return Config(128, 128 if width >= 1024 else 64, 32, 8, 4)
 
 
 @triton.jit
@@ -66,13 +70,13 @@ def _tile(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, GROUP: tl.co
 
 
 @triton.jit
-def _hidden_and_gate(
-    x, mean, inverse_deviation, norm_weight, norm_bias, weight, bias, h, b, scale,
+def _tile_of_u(
+    x, mean, inverse_deviation, norm_weight, norm_bias, weight, h, b, scale,
     rows, width, columns, rank, row_tile, column_tile,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, RANK: tl.constexpr,
-    PRECISION: tl.constexpr, LOW_PRECISION: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """The tile of u, (ROWS, COLUMNS) twice, in fp32 but rounded to x's dtype."""
+    """(ROWS, 2 COLUMNS) of u, hidden and gate in turn; in fp32, without the bias."""
     dtype: tl.constexpr = x.dtype.element_ty
     # Past the edges the last row and column are computed again and not stored: the loop needs no masks for them.
     row = tl.minimum(row_tile * ROWS + tl.arange(0, ROWS), rows - 1).to(tl.int64)
@@ -80,13 +84,16 @@ def _hidden_and_gate(
     source = tl.minimum(column_tile * COLUMNS + pair // 2, columns - 1).to(tl.int64) + pair % 2 * columns
 
     if h is not None:
-        u = _low_rank(h, b, row, source, rank, RANK, LOW_PRECISION) * scale
+        # Finer than u's rounding.
+        narrow: tl.constexpr = "tf32" if dtype == tl.bfloat16 else "tf32x3"
+        low: tl.constexpr = PRECISION if dtype == tl.float32 else narrow
+        u = _low_rank(h, b, scale, row, source, rank, RANK, low)
     else:
         u = tl.zeros((ROWS, 2 * COLUMNS), tl.float32)
 
     if mean is not None:
-        centre = tl.load(mean + row)[:, None]
-        deviation = tl.load(inverse_deviation + row)[:, None]
+        factor = tl.load(inverse_deviation + row)[:, None]
+        shift = -tl.load(mean + row)[:, None] * factor
     inner = tl.arange(0, INNER)
     left_place = x + row[:, None] * width + inner[None, :]
     right_place = weight + source[None, :] * width + inner[:, None]
@@ -99,7 +106,8 @@ def _hidden_and_gate(
             left = tl.load(left_place + start, k[None, :] < width, other=0.0)
             right = tl.load(right_place + start, k[:, None] < width, other=0.0)
         if mean is not None:
-            n = (left.to(tl.float32) - centre) * deviation
+            # Two multiply-adds a value: these instructions, for every tile of columns again, are what a norm costs.
+            n = left.to(tl.float32) * factor + shift
             if norm_weight is not None:
                 n *= _vector(norm_weight, k, width, EVEN)[None, :]
             if norm_bias is not None:
@@ -107,17 +115,17 @@ def _hidden_and_gate(
             # Zeroed past the end: rounded to fp16 it may be infinite there, and times a weight of 0 not a number.
             left = (n if EVEN else tl.where(k[None, :] < width, n, 0.0)).to(dtype)
         u = tl.dot(left, right, u, input_precision=PRECISION)
-    if bias is not None:
-        u += tl.load(bias + source).to(tl.float32)[None, :]
-    return u.to(dtype).to(tl.float32).reshape(ROWS, COLUMNS, 2).split()
+    return u
 
 
 @triton.jit
-def _low_rank(h, b, row, source, rank, RANK: tl.constexpr, PRECISION: tl.constexpr):
-    """h b^T for these rows of h and of b, in fp32; a matrix unit wants 16 ranks at least."""
+def _low_rank(h, b, scale, row, source, rank, RANK: tl.constexpr, PRECISION: tl.constexpr):
+    """scale * h b^T for these rows of h and of b, in fp32; a matrix unit wants 16 ranks at least."""
     r = tl.arange(0, RANK)
     left = tl.load(h + row[:, None] * rank + r[None, :], r[None, :] < rank, other=0.0)
     right = tl.load(b + source[None, :] * rank + r[:, None], r[:, None] < rank, other=0.0)
+    # The small factor takes the scale: the product stays where the sum over K begins.
+    left = (left.to(tl.float32) * scale).to(left.dtype)
     return tl.dot(left, right.to(left.dtype), input_precision=PRECISION)
 
 
@@ -132,48 +140,46 @@ def _vector(values, k, width, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _places(rows, columns, row_tile, column_tile, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows (int64) and columns of this tile in y, and which exist."""
-    row = row_tile * ROWS + tl.arange(0, ROWS)[:, None]
-    column = column_tile * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    return row.to(tl.int64), column, (row < rows) & (column < columns)
+def _halves(u, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The first and the last columns of a tile: they lie in different registers, nothing moves."""
+    return u.reshape(ROWS, 2, COLUMNS // 2).permute(0, 2, 1).split()
 
 
 @triton.jit
-def _forward_kernel(
-    x, mean, inverse_deviation, norm_weight, norm_bias, weight, bias, h, b, scale, y, u, rows, width, columns, rank,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr,
-    PRECISION: tl.constexpr, LOW_PRECISION: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    row_tile, column_tile = _tile(rows, columns, ROWS, COLUMNS, GROUP)
-    hidden, gate = _hidden_and_gate(
-        x, mean, inverse_deviation, norm_weight, norm_bias, weight, bias, h, b, scale,
-        rows, width, columns, rank, row_tile, column_tile,
-        ROWS, COLUMNS, INNER, RANK, PRECISION, LOW_PRECISION, EVEN,
-    )  # fmt: skip
-    row, column, exists = _places(rows, columns, row_tile, column_tile, ROWS, COLUMNS)
+def _quarters(u, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A GELU takes registers: a quarter of a tile at a time, they leave room for a second program on the chip."""
+    left, right = _halves(u, ROWS, COLUMNS)
+    return _halves(left, ROWS, COLUMNS // 2) + _halves(right, ROWS, COLUMNS // 2)
+
+
+@triton.jit
+def _hidden_and_gate(u, bias, columns, column, dtype: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Of (ROWS, COLUMNS) pairs, in fp32, but rounded to `dtype`."""
+    hidden, gate = u.reshape(ROWS, COLUMNS, 2).split()
+    if bias is not None:
+        hidden += tl.load(bias + column, column < columns).to(tl.float32)
+        gate += tl.load(bias + columns + column, column < columns).to(tl.float32)
+    return hidden.to(dtype).to(tl.float32), gate.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _write_y(u, bias, y, u_out, rows, columns, row_tile, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """GEGLU of (ROWS, COLUMNS) pairs, of the columns of y from `first`."""
+    row, column, exists = _places(rows, columns, row_tile, first, ROWS, COLUMNS)
+    hidden, gate = _hidden_and_gate(u, bias, columns, column, y.dtype.element_ty, ROWS, COLUMNS)
     dtype = y.dtype.element_ty
-    if u is not None:
-        place = u + row * (2 * columns) + column
+    if u_out is not None:
+        place = u_out + row * (2 * columns) + column
         tl.store(place, hidden.to(dtype), exists)
         tl.store(place + columns, gate.to(dtype), exists)
     tl.store(y + row * columns + column, (hidden * (gate * normal_cdf(gate))).to(dtype), exists)
 
 
 @triton.jit
-def _backward_kernel(
-    grad_y, x, mean, inverse_deviation, norm_weight, norm_bias, weight, bias, h, b, scale, grad_u,
-    rows, width, columns, rank,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr,
-    PRECISION: tl.constexpr, LOW_PRECISION: tl.constexpr, EVEN: tl.constexpr,
-):  # fmt: skip
-    row_tile, column_tile = _tile(rows, columns, ROWS, COLUMNS, GROUP)
-    hidden, gate = _hidden_and_gate(
-        x, mean, inverse_deviation, norm_weight, norm_bias, weight, bias, h, b, scale,
-        rows, width, columns, rank, row_tile, column_tile,
-        ROWS, COLUMNS, INNER, RANK, PRECISION, LOW_PRECISION, EVEN,
-    )  # fmt: skip
-    row, column, exists = _places(rows, columns, row_tile, column_tile, ROWS, COLUMNS)
+def _write_grad_u(u, bias, grad_y, grad_u, rows, columns, row_tile, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The backward of GEGLU at (ROWS, COLUMNS) pairs, of the columns of y from `first`."""
+    row, column, exists = _places(rows, columns, row_tile, first, ROWS, COLUMNS)
+    hidden, gate = _hidden_and_gate(u, bias, columns, column, grad_u.dtype.element_ty, ROWS, COLUMNS)
     grad = tl.load(grad_y + row * columns + column, exists).to(tl.float32)
     cdf = normal_cdf(gate)
     dtype = grad_u.dtype.element_ty
@@ -182,13 +188,56 @@ def _backward_kernel(
     tl.store(place + columns, (grad * hidden * gelu_slope(gate, cdf)).to(dtype), exists)
 
 
+@triton.jit
+def _places(rows, columns, row_tile, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows (int64) of this tile and columns from `first`, and which exist."""
+    row = row_tile * ROWS + tl.arange(0, ROWS)[:, None]
+    column = first + tl.arange(0, COLUMNS)[None, :]
+    return row.to(tl.int64), column, (row < rows) & (column < columns)
+
+
+@triton.jit
+def _forward_kernel(
+    x, mean, inverse_deviation, norm_weight, norm_bias, weight, bias, h, b, scale, y, u, rows, width, columns, rank,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    row_tile, column_tile = _tile(rows, columns, ROWS, COLUMNS, GROUP)
+    tile = _tile_of_u(
+        x, mean, inverse_deviation, norm_weight, norm_bias, weight, h, b, scale,
+        rows, width, columns, rank, row_tile, column_tile, ROWS, COLUMNS, INNER, RANK, PRECISION, EVEN,
+    )  # fmt: skip
+    tiles = _quarters(tile, ROWS, 2 * COLUMNS)
+    for i in tl.static_range(4):
+        first = column_tile * COLUMNS + i * (COLUMNS // 4)
+        _write_y(tiles[i], bias, y, u, rows, columns, row_tile, first, ROWS, COLUMNS // 4)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_y, x, mean, inverse_deviation, norm_weight, norm_bias, weight, bias, h, b, scale, grad_u,
+    rows, width, columns, rank,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr, GROUP: tl.constexpr, RANK: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    row_tile, column_tile = _tile(rows, columns, ROWS, COLUMNS, GROUP)
+    tile = _tile_of_u(
+        x, mean, inverse_deviation, norm_weight, norm_bias, weight, h, b, scale,
+        rows, width, columns, rank, row_tile, column_tile, ROWS, COLUMNS, INNER, RANK, PRECISION, EVEN,
+    )  # fmt: skip
+    tiles = _quarters(tile, ROWS, 2 * COLUMNS)
+    for i in tl.static_range(4):
+        first = column_tile * COLUMNS + i * (COLUMNS // 4)
+        _write_grad_u(tiles[i], bias, grad_y, grad_u, rows, columns, row_tile, first, ROWS, COLUMNS // 4)
+
+
 class Norm(NamedTuple):
     """The LayerNorm before the projection: statistics (M,) in fp32; weight and bias (K,) of any dtype, or None."""
 
-    mean: torch.Tensor
-    inverse_deviation: torch.Tensor
-    weight: torch.Tensor | None
-    bias: torch.Tensor | None
+    mean: Any
+    inverse_deviation: Any
+    weight: Any = None
+    bias: Any = None
 
 
 class LowRank(NamedTuple):
@@ -198,8 +247,8 @@ class LowRank(NamedTuple):
     rounding; beside x in fp16, in three products of TF32.
     """
 
-    h: torch.Tensor
-    b: torch.Tensor
+    h: Any
+    b: Any
     scale: float
 
 
@@ -242,11 +291,10 @@ def backward(
 
 def _launch(kernel, tensors, x, weight, bias, norm, low_rank, config):
     (rows, width), columns = x.shape, weight.shape[0] // 2
-    config = config or heuristic(x.dtype)
+    config = config or heuristic(x.element_size(), width)
     mean, inverse_deviation, norm_weight, norm_bias = norm or (None,) * 4
     h, b, scale = low_rank or (None, None, 0.0)
     rank = 0 if h is None else h.shape[1]
-    low_precision = {torch.bfloat16: "tf32", torch.float16: "tf32x3"}.get(x.dtype, config.precision)
     arguments = {
         **tensors,
         "x": x,
@@ -269,7 +317,6 @@ def _launch(kernel, tensors, x, weight, bias, norm, low_rank, config):
         "GROUP": config.group,
         "RANK": max(16, triton.next_power_of_2(rank)),
         "PRECISION": config.precision,
-        "LOW_PRECISION": low_precision,
         "EVEN": width % config.inner == 0,
     }
     grid = (cdiv(rows, config.rows) * cdiv(columns, config.columns),)

@@ -20,7 +20,7 @@ def launches() -> dict:
     found |= _both(SHAPES[0], torch.float16, "newest", normed=True, low_rank=torch.float32)
     found |= _both(SHAPES[2], torch.bfloat16, "newest", normed=True, low_rank=torch.bfloat16)
     found |= _both(SHAPES[0], torch.float32, None, normed=True)
-    matrix_units = dataclasses.replace(gated_linear.heuristic(torch.float32), precision="tf32x3")
+    matrix_units = dataclasses.replace(gated_linear.heuristic(4, SHAPES[0][1]), precision="tf32x3")
     found |= _both(SHAPES[0], torch.float32, "any", normed=True, low_rank=torch.float32, config=matrix_units)
     return found
 
