@@ -16,7 +16,7 @@ class Counts(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
-        self.calls += _launches(function)
+        self.calls += launches(function)
         self.flops += _flops(function, args, kwargs or {}, output)
         return output
 
@@ -25,7 +25,7 @@ class Counts(TorchDispatchMode):
 _FREE = ("aten::empty", "aten::new_empty", "aten::_unsafe_view", "aten::detach", "aten::promote_types", "prim::device")
 
 
-def _launches(function) -> bool:
+def launches(function) -> bool:
     schema = function._schema
     views = (r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
     return not any(views) and not schema.name.startswith(_FREE)

@@ -1,0 +1,70 @@
+"""How many kernels an accelerated SD1.5 step launches on a GPU: counted on fake tensors, every kernel of every op."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+import rftcore
+from benchmarks import shapes
+from benchmarks.counts import launches
+from rftcore.ops import fused_attention, fused_linears, jit
+from rftcore.ops.backends import OPS
+
+pytest.importorskip("triton", reason="Triton is not installed")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="fake CPU tensors stand in for a GPU")
+
+# What runs a fused op, by the op's name; the others launch as often as said.
+FUSED = {
+    "rftcore::lora_linears": fused_linears._run_linears,
+    "rftcore::lora_linears_backward": fused_linears._run_linears_backward,
+    "rftcore::gated_linear": fused_linears._run_gated,
+    "rftcore::gated_linear_backward": fused_linears._run_gated_backward,
+    "rftcore::attention": fused_attention._run_forward,
+    "rftcore::attention_backward": fused_attention._run_backward,
+}
+LAUNCHES = {"rftcore::group_norm_silu": 2, "rftcore::group_norm_silu_backward": 2}
+
+
+class Launched(TorchDispatchMode):
+    """Counts launches: of fused ops those that they would make of tensors of these shapes, of others one a call."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.total, self.names = 0, {}
+        monkeypatch.setattr(jit, "run", lambda device, *launches: self._add("triton", len(launches)))
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function._schema.name
+        if name in FUSED:
+            with _disable_current_modes():
+                FUSED[name](*map(on_meta, args))
+        elif launches(function):
+            self._add(name, LAUNCHES.get(name, 1))
+        return function(*args, **(kwargs or {}))
+
+    def _add(self, name, count):
+        self.total += count
+        self.names[name] = self.names.get(name, 0) + count
+
+
+def on_meta(value):
+    if isinstance(value, torch.Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+    return [on_meta(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+# PyTorch and PEFT launch 1240 forward and 1450 backward.
+@pytest.mark.parametrize(("level", "forwards", "backwards"), [("none", 550, 910), ("qkv", 550, 980)])
+def test_of_a_step(level, forwards, backwards, monkeypatch):
+    for module in (fused_linears, fused_attention):
+        monkeypatch.setattr(module, "_of_triton", lambda tensor: [])
+    monkeypatch.setitem(OPS["geglu"].not_supported_reasons, "triton", lambda u: [])
+    model, mode = shapes.unet("sd15", torch.bfloat16)
+    args, kwargs = shapes.unet_inputs("sd15", mode)
+    rftcore.accelerate(model, level, backend="triton")
+    with mode, Launched(monkeypatch) as forward:
+        output = model(*args, **kwargs).sample
+    with mode, Launched(monkeypatch) as backward:
+        torch.autograd.grad(output.sum(), [args[0], *(p for p in model.parameters() if p.requires_grad)])
+    assert forward.total <= forwards, forward.names
+    assert backward.total <= backwards, backward.names
