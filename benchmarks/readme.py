@@ -16,9 +16,7 @@ _TABLE = re.compile(r"(?P<head><!-- table: (?P<name>\w+)(?:: (?P<columns>[^\n]+)
 
 def rendered(text: str) -> str:
     """The text with every table filled in."""
-    return _TABLE.sub(
-        lambda match: f"{match['head']}\n{_section(match['name'], match['columns'])}\n<!-- end -->", text
-    )
+    return _TABLE.sub(lambda match: f"{match['head']}\n{_section(match['name'], match['columns'])}\n<!-- end -->", text)
 
 
 def _section(name: str, columns: str | None) -> str:

@@ -64,6 +64,7 @@ def workloads(dtype: torch.dtype, device: torch.device, small: bool = False) -> 
             make.sampler_step(2, 8, 8),
             make.lora_qkv(16, 32, 4),
             make.out_projection(16, 32, 4),
+            make.gated_linear(16, 32),
             make.attention(1, 2, 16, 16, 40),
             make.attention(1, 2, 16, 77, 40),
         ]
@@ -79,6 +80,8 @@ def workloads(dtype: torch.dtype, device: torch.device, small: bool = False) -> 
         *(make.lora_qkv(8 * n, c, 4) for n, c in ((4096, 320), (1024, 640), (256, 1280))),
         *(make.lora_qkv(4 * n, c, 16) for n, c in ((4096, 640), (1024, 1280))),
         *(make.out_projection(8 * n, c, 4) for n, c in ((4096, 320), (1024, 640), (256, 1280))),
+        *(make.gated_linear(8 * n, c) for n, c in ((4096, 320), (1024, 640), (256, 1280))),
+        *(make.gated_linear(4 * n, c) for n, c in ((4096, 640), (1024, 1280))),
         *(make.attention(8, 8, n, n, d) for n, d in ((4096, 40), (1024, 80), (256, 160))),
         *(make.attention(4, h, n, n, 64) for n, h in ((4096, 10), (1024, 20))),
         *(make.attention(8, 8, n, 77, d) for n, d in ((4096, 40), (1024, 80), (256, 160))),
@@ -173,7 +176,7 @@ class Maker:
             "lora_linear", f"LN + q, k, v ({rows}, {width}), r={rank}", inputs,
             lambda tensors, backend: ops.lora_linears(*parts(tensors), backend=backend),
             lambda tensors: ops.lora_linears_reference(*parts(tensors)),
-            lambda tensors: (*parts(tensors)[:2], None),
+            lambda tensors: (*parts(tensors)[:2], None, parts(tensors)[2]),
             Work(bytes_of_all, flops), Work(bytes_of_all + rows * width * self._size, flops),
             {"base product": _product},
         )  # fmt: skip
@@ -196,6 +199,32 @@ class Maker:
             lambda tensors: ops.lora_linears_reference(*parts(tensors)),
             lambda tensors: (*parts(tensors)[:2], None),
             work, work._replace(bytes=work.bytes + rows * width * self._size), {"base product": _product},
+        )  # fmt: skip
+
+    def gated_linear(self, rows: int, width: int) -> Workload:
+        """LayerNorm, the feed-forward's first projection and its gate; the backward computes the projection again."""
+
+        def inputs():
+            x = self._normal(rows, width).requires_grad_()
+            norm = 1 + self._normal(width) / 2, self._normal(width)
+            return [x, self._weight(8 * width, width), self._normal(8 * width), *norm]
+
+        def parts(tensors):
+            x, weight, bias, *norm = tensors
+            return x, ops.Projection(weight, bias), ops.Norm(*norm, EPS)
+
+        def stock(tensors):
+            hidden, gate = ops.lora_linears_reference(*_listed(*parts(tensors)))[0].chunk(2, dim=-1)
+            return hidden * F.gelu(gate)
+
+        flops = 2 * rows * width * 8 * width
+        forward = (5 * rows * width + 8 * width * width) * self._size
+        backward = (7 * rows * width + 8 * width * width) * self._size
+        return Workload(
+            "gated_linear", f"LN + FF1 + GEGLU ({rows}, {width})", inputs,
+            lambda tensors, backend: ops.gated_linear(*parts(tensors), backend=backend), stock,
+            lambda tensors: (*parts(tensors)[:2], None, parts(tensors)[2]),
+            Work(forward, flops), Work(backward, 2 * flops), {"base product": _product},
         )  # fmt: skip
 
     def attention(self, batch: int, heads: int, queries: int, keys: int, head_dim: int) -> Workload:
@@ -225,6 +254,10 @@ class Maker:
 
     def _adapter(self, out: int, width: int, rank: int) -> list[Tensor]:
         return [(self._normal(*shape) / width**0.5).requires_grad_() for shape in ((rank, width), (out, rank))]
+
+
+def _listed(x, projection, norm):
+    return x, (projection,), norm
 
 
 def _first(tensors: Sequence[Tensor]) -> tuple:

@@ -24,7 +24,7 @@ def test_every_op_is_timed_against_its_floor(run, tmp_path):
     content = json.loads(out.read_text())
     assert not [row for row in content["ops"] + content["models"] if "error" in row]
     ops = {row["op"] for row in content["ops"]}
-    assert ops == {"group_norm_silu", "geglu", "sampler_step", "lora_linear", "attention"}
+    assert ops == {"group_norm_silu", "geglu", "sampler_step", "lora_linear", "gated_linear", "attention"}
     for op in ops:
         candidates = {row["candidate"] for row in content["ops"] if row["op"] == op}
         assert {"stock", "copy of as many bytes"} < candidates
