@@ -416,8 +416,8 @@ def _dkdv_kernel(
 def forward(q, k, v, o, lse, scale: float, *, capability: int = 90, config: Config | None = None) -> Launch:
     """o = softmax(scale q k^T) v and lse, the natural logarithm of the sum of exp(scale q k^T).
 
-    q (B, N, H, d), k and v (B, M, H, d), of one dtype: fp32, bf16 or fp16; (H, d) contiguous, rows on 16 bytes. N, M and
-    scale are positive. o like q and lse (B, H, N) fp32 are contiguous.
+    q (B, N, H, d), k and v (B, M, H, d), of one dtype: fp32, bf16 or fp16; (H, d) contiguous, rows on 16 bytes. N, M
+    and scale are positive. o like q and lse (B, H, N) fp32 are contiguous.
     """
     config = config or heuristic("forward", q.shape[3], q.shape[1], k.shape[1], q.element_size(), capability)
     arguments = {"q": q, "k": k, "v": v, "o": o, "lse": lse, **strides(q=q, k=k, v=v), "scale": float(scale)}

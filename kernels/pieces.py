@@ -1,4 +1,4 @@
-"""Sizes that are no powers of two, as one or two pieces that are: 40 = 32 + 16 with 8 masked, 77 = 64 + 16, 160 = 128 + 32.
+"""Sizes as one or two powers of two: 40 in 32 + 16, 77 in 64 + 16, 80 = 64 + 16, 160 = 128 + 32; the rest is masked.
 
 A kernel keeps the pieces of a tile apart and sums their products; a second piece of 0 is none, and its variables then
 repeat the first's.
