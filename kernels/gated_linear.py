@@ -243,8 +243,8 @@ class Norm(NamedTuple):
 class LowRank(NamedTuple):
     """scale * h b^T beside the projection: h (M, R), contiguous, in fp32 or x's dtype; b (2D, R), contiguous, R <= 64.
 
-    The product is h's dtype's: b and scale * h are rounded to it. h in fp32 beside x in bf16 is multiplied in TF32, finer than u's
-    rounding; beside x in fp16, in three products of TF32.
+    The product is h's dtype's: b and scale * h are rounded to it. h in fp32 beside x in bf16 is multiplied in TF32,
+    finer than u's rounding; beside x in fp16, in three products of TF32.
     """
 
     h: Any
