@@ -68,8 +68,8 @@ class ProjectConfig:
 class StripConfig:
     """A program's rows, of which it keeps all of n on chip, and columns of the outputs in each of its steps.
 
-    x is read once, and the statistics and low-rank columns are computed on the way: no `shrink` comes first. For rows
-    that fit: 320 values in half precision, with tiles of 128 by 64.
+    The statistics and low-rank columns are computed on the way: no `shrink` comes first. For rows that fit: 320 values
+    in half precision, with tiles of 128 by 64.
 
     Attributes:
         parts: programs that share a strip's columns.
@@ -107,7 +107,7 @@ def project_heuristic(
     if itemsize == 4:
         return ProjectConfig(64, 64, 32, num_warps=4, num_stages=2)
     low = sum(ranks)
-    if capability >= 90 and normed and inner <= 320 and low <= WIDEST:
+    if capability >= 90 and normed and 16 <= inner <= 320 and low <= WIDEST:
         # sm_80 has too few registers. Strips too few for an H100's multiprocessors share their columns.
         tiles = sum(cdiv(width, 64) for width in widths)
         return StripConfig(128, 64, parts=min(tiles, cdiv(132, max(cdiv(rows, 128), 1))))
@@ -360,26 +360,25 @@ def _project_kernel(
 
 
 @triton.jit
-def _centred(value, mean, exists):
-    value = value.to(tl.float32) - mean
-    if exists is not None:
-        value = tl.where(exists, value, 0.0)
-    return value
-
-
-@triton.jit
 def _strip_kernel(
     x, mean, inverse_deviation, norm_weight, norm_bias, eps, weight0, weight1, weight2, bias0, bias1, bias2,
     a0, a1, a2, b0, b1, b2, scale0, scale1, scale2, residual, y0, y1, y2,
     rows, inner, width0, width1, width2, rank0, rank1, rank2,
     COUNT: tl.constexpr, BIASES: tl.constexpr, NORM: tl.constexpr, RANKS: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HEAD: tl.constexpr, TAIL: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
     row_exists = row < rows
     row = tl.minimum(row, rows - 1)
     source = x + row * inner
     # A row's size is no power of two: it is a head and a tail that are.
+    if NORM != 0:
+        center, inverse = _statistics(source, inner, eps, ROWS, DEPTH, EVEN)
+        if mean is not None:
+            if tl.program_id(1) == 0:
+                tl.store(mean + row, center, row_exists)
+                tl.store(inverse_deviation + row, inverse, row_exists)
     k_head = tl.arange(0, HEAD)[None, :]
     head = tl.load(source + k_head)
     if TAIL > 0:
@@ -387,20 +386,6 @@ def _strip_kernel(
         tail_exists = None if EVEN else k_tail < inner
         tail = _load(source + k_tail, tail_exists)
     if NORM != 0:
-        center = tl.sum(head.to(tl.float32), 1, keep_dims=True)
-        if TAIL > 0:
-            center += tl.sum(tail.to(tl.float32), 1, keep_dims=True)
-        center /= inner
-        centred = _centred(head, center, None)
-        moment = tl.sum(centred * centred, 1, keep_dims=True)
-        if TAIL > 0:
-            centred = _centred(tail, center, tail_exists)
-            moment += tl.sum(centred * centred, 1, keep_dims=True)
-        inverse = tl.rsqrt(moment / inner + eps)
-        if mean is not None:
-            if tl.program_id(1) == 0:
-                tl.store(mean + row, center, row_exists)
-                tl.store(inverse_deviation + row, inverse, row_exists)
         head = normalised(head, center, inverse, norm_weight, norm_bias, k_head, None).to(x.dtype.element_ty)
         if TAIL > 0:
             tail = normalised(tail, center, inverse, norm_weight, norm_bias, k_tail, tail_exists)
@@ -576,7 +561,7 @@ def project(
         # In the shape of a tile of the weights the low-rank products need no registers for another layout of n.
         ranks = max(ranks, min(config.columns, WIDEST)) if ranks else 0
         arguments |= {"NORM": norm is not None, "RANKS": ranks, "EVEN": head + tail == inner}
-        arguments |= {"HEAD": head, "TAIL": tail}
+        arguments |= {"HEAD": head, "TAIL": tail, "DEPTH": tail or min(head, 64)}
         return Launch(_strip_kernel, (cdiv(rows, config.rows), config.parts), arguments, *options)
     span, low_rank = config.span, low_rank_precision(x, adapters, config.precision)
     arguments |= {
@@ -593,6 +578,8 @@ def project(
 
 def strip_parts(inner: int) -> tuple[int, int]:
     """The powers of two that a row of a strip is held in: the largest one in it, and one that has the rest, or 0."""
+    if inner < 16:
+        raise ValueError(f"project: rows of {inner} are less than a StripConfig takes, 16; give a ProjectConfig.")
     head = 1 << (inner.bit_length() - 1)
     return head, max(16, triton.next_power_of_2(inner - head)) if inner > head else 0
 
