@@ -14,8 +14,7 @@ def empty(*shape, dtype=BF16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launches(capability: int = 80) -> dict:
-    """Those of the configs that a chip of this capability has by default, and other variants."""
+def launches() -> dict:
     found = {}
     # Self-attention's q, k and v behind a norm, and what follows it, of SD1.5 and of SDXL.
     found |= of_layer("qkv 320, rank 4", 8 * 4096, 320, (320, 320, 320), 4, BF16, norm=True)
@@ -28,7 +27,7 @@ def launches(capability: int = 80) -> dict:
     strip = forward.StripConfig(128, 64)
     found |= of_layer("ff 2560, strip", 8 * 4096, 320, (2560,), 8, BF16, norm=True, bias=True, config=strip)
     # The other variants of the forward.
-    for name, config in {**VARIANTS, **(VARIANTS_FROM_90 if capability >= 90 else {})}.items():
+    for name, config in VARIANTS.items():
         found |= of_layer(f"qkv 320, {name}", 8 * 4096, 320, (320,) * 3, 4, BF16, norm=True, config=config)
     return found
 
@@ -37,13 +36,7 @@ VARIANTS = {
     "fused": forward.ProjectConfig(128, 128, 64, fused=True, span=True),
     "not fused": forward.ProjectConfig(128, 128, 64, span=True),
     "apart": forward.ProjectConfig(128, 64, 64),
-}
-
-
-# More registers than sm_80 has for them.
-VARIANTS_FROM_90 = {
     "strip": forward.StripConfig(128, 64),
-    "fused, wide": forward.ProjectConfig(128, 256, 64, fused=True, span=True),
 }
 
 
