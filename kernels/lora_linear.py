@@ -272,13 +272,15 @@ def _project_kernel(
         first = owner(column_tile * COLUMNS, width0, width1, COUNT)
         stop = tl.minimum((column_tile + 1) * COLUMNS, width0 + width1 + width2)
         last = owner(stop - 1, width0, width1, COUNT)
+        column_exists = place < width0 + width1 + width2
     else:
         p = owner(column_tile, tiles0, tiles1, COUNT)
         first, last = p, p
         column = (column_tile - pick(p, 0, tiles0, tiles0 + tiles1, COUNT)) * COLUMNS
         column += tl.arange(0, COLUMNS)[None, :]
     width = pick(p, width0, width1, width2, COUNT)
-    column_exists = column < width
+    if not SPAN:
+        column_exists = column < width
 
     source = x + row * inner
     source_weight = pick(p, weight0, weight1, weight2, COUNT) + tl.minimum(column, width - 1).to(tl.int64) * inner
@@ -355,7 +357,7 @@ def _project_kernel(
         total += tl.load(residual + place, exists, other=0.0).to(tl.float32)
     target = pick(p, y0, y1, y2, COUNT) + place
     if SPAN and ALIGNED:
-        target = tl.multiple_of(target, (1, 16))
+        target = tl.max_contiguous(tl.multiple_of(target, (1, 16)), (1, 16))
     tl.store(target, total.to(y0.dtype.element_ty), exists)
 
 
