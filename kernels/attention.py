@@ -45,7 +45,8 @@ def heuristic(launch: str, head_dim: int, queries: int, keys: int, itemsize: int
 
     By what the compiler makes of them: on sm_90 two programs of 8 warps fit where one has 128 registers a thread.
     """
-    old = capability < 90
+    # sm_120 has sm_80's matrix instructions.
+    old = not 90 <= capability < 120
     if itemsize == 4:
         return Config(16 if launch == "forward" and head_dim > 128 else 32, 16, 4, 2)
     if launch == "forward":
@@ -58,9 +59,7 @@ def heuristic(launch: str, head_dim: int, queries: int, keys: int, itemsize: int
         return Config(128, 64 if head_dim <= 64 else 32, 8, 2)
     if head_dim > 96:
         return Config(64, 16 if old else 32, 8, 2)
-    if head_dim <= 48 or old:
-        return Config(128, 32, 8, 2)
-    return Config(64, 64, 4, 2)
+    return Config(64, 64, 4, 2) if head_dim > 48 and capability == 90 else Config(128, 32, 8, 2)
 
 
 @triton.jit

