@@ -169,6 +169,7 @@ SMALL = [
     gated_linear((33, 40), 24, 0, norm=False, biased=False),
     attention(2, 2, 37, 37, 40),
     attention(1, 2, 33, 77, 64),
+    attention(1, 2, 33, 77, 80),
     attention(1, 1, 20, 130, 160),
 ]
 # As in SD1.5 at 512 px and SDXL at 1024 px; for a GPU.

@@ -54,13 +54,14 @@ def _run_backward(grad_o, q, k, v, o, lse, scale, needs):
         dv = torch.empty_like(dk)
     grad_o, q, k, v = (_ready(t) for t in (grad_o, q, k, v))
     chip = jit.capability(q.device)
-    if kind == "cross_attention":
+    if kind == "cross_attention" and q.shape[3] <= kernels.MAX_BACKWARD_HEAD_DIM:
         tiles = config("cross_attention.Config:backward")
         shape = None if dk is None else kernels.partials_shape(q, k, capability=chip, config=tiles)
         partials = None if shape is None else q.new_empty(shape, dtype=torch.float32)
         launches = kernels.backward(grad_o, q, k, v, lse, dq, dk, dv, partials, scale, capability=chip, config=tiles)
     else:
-        delta = torch.empty_like(lse)
+        # Of few keys too, where sums over all of them would not stay on chip.
+        kernels, delta = jit.kernels("attention"), torch.empty_like(lse)
         tiles = {"dq_config": config("attention.Config:dq"), "dkdv_config": config("attention.Config:dkdv")}
         launches = kernels.backward(grad_o, q, k, v, _ready(o), lse, delta, dq, dk, dv, scale, capability=chip, **tiles)
     jit.run(q.device, *launches)

@@ -121,9 +121,9 @@ def _run_linears(x, residual, tensors, adapters, scales, eps, lower) -> list[Ten
     norm, projections = _unpacked(tensors, adapters, scales, eps)
     call, kernels = _prepared("lora_linear", x, projections, norm, lower), jit.kernels("lora_linear")
     outputs = [call.x.new_empty(len(call.x), len(p.weight)) for p in projections]
-    config = call.config("lora_linear.ProjectConfig") or kernels.default_config(
-        call.x, call.projections, call.norm, jit.capability(x.device)
-    )
+    tuned = call.config("lora_linear.StripConfig") or call.config("lora_linear.ProjectConfig")
+    chip = jit.capability(x.device)
+    config = tuned or kernels.default_config(call.x, call.projections, call.norm, chip)
     before, launches = (_Prologue(), []) if config.fused else _prologue(call, True)
     residual = None if residual is None else jit.rows(residual.contiguous())
     launches.append(kernels.project(call.x, call.projections, outputs, call.norm, *before, residual, config=config))
