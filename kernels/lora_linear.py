@@ -86,8 +86,8 @@ class StripConfig:
 
 
 def shrink_heuristic(itemsize: int) -> ShrinkConfig:
-    """Bound by reading x: few rows a program, so that many are in flight; the second pass finds them in a cache."""
-    return ShrinkConfig(32, 64 if itemsize == 2 else 32)
+    """By the adapters' itemsize. Bound by reading x: few rows a program, so that many are in flight; the second pass finds them in a cache."""
+    return ShrinkConfig(32, 64) if itemsize == 2 else ShrinkConfig(32, 32, num_stages=2)
 
 
 def project_heuristic(
@@ -204,8 +204,8 @@ def _statistics(source, inner, eps, ROWS: tl.constexpr, DEPTH: tl.constexpr, EVE
 def _shrink_kernel(
     x, mean, inverse_deviation, norm_weight, norm_bias, eps, a0, a1, a2, h,
     rows, inner, rank0, rank1, rank2,
-    COUNT: tl.constexpr, NORM: tl.constexpr, RANKS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    COUNT: tl.constexpr, NORM: tl.constexpr, RANKS: tl.constexpr, A_ALIGNED: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
     exists = row < rows
@@ -226,6 +226,8 @@ def _shrink_kernel(
         q = owner(j, rank0, rank1, COUNT)
         line = (j - pick(q, 0, rank0, rank0 + rank1, COUNT)).to(tl.int64)
         source_a = pick(q, a0, a1, a2, COUNT) + line * inner
+        if A_ALIGNED:
+            source_a = tl.multiple_of(source_a, (16, 16))
         total = tl.zeros((ROWS, RANKS), tl.float32)
         for start in range(0, inner, DEPTH):
             k = start + tl.arange(0, DEPTH)
@@ -250,7 +252,8 @@ def _project_kernel(
     a0, a1, a2, b0, b1, b2, scale0, scale1, scale2, h, residual, y0, y1, y2,
     rows, inner, width0, width1, width2, rank0, rank1, rank2,
     COUNT: tl.constexpr, BIASES: tl.constexpr, NORM: tl.constexpr, FUSED: tl.constexpr, RANKS: tl.constexpr,
-    SPAN: tl.constexpr, ALIGNED: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, LOW_RANK: tl.constexpr,
+    SPAN: tl.constexpr, ALIGNED: tl.constexpr, A_ALIGNED: tl.constexpr, EVEN: tl.constexpr,
+    PRECISION: tl.constexpr, LOW_RANK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     if SPAN:
@@ -306,6 +309,8 @@ def _project_kernel(
         q = owner(j, rank0, rank1, COUNT)
         line = (j - pick(q, 0, rank0, rank0 + rank1, COUNT)).to(tl.int64)
         source_a = pick(q, a0, a1, a2, COUNT) + line * inner
+        if A_ALIGNED:
+            source_a = tl.multiple_of(source_a, (16, 16))
         shrunk = tl.zeros((ROWS, RANKS), tl.float32)
 
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
@@ -366,8 +371,8 @@ def _strip_kernel(
     x, mean, inverse_deviation, norm_weight, norm_bias, eps, weight0, weight1, weight2, bias0, bias1, bias2,
     a0, a1, a2, b0, b1, b2, scale0, scale1, scale2, residual, y0, y1, y2,
     rows, inner, width0, width1, width2, rank0, rank1, rank2,
-    COUNT: tl.constexpr, BIASES: tl.constexpr, NORM: tl.constexpr, RANKS: tl.constexpr, EVEN: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    COUNT: tl.constexpr, BIASES: tl.constexpr, NORM: tl.constexpr, RANKS: tl.constexpr, A_ALIGNED: tl.constexpr,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HEAD: tl.constexpr, TAIL: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]).to(tl.int64)
@@ -399,6 +404,8 @@ def _strip_kernel(
         q = owner(j, rank0, rank1, COUNT)
         line = j - pick(q, 0, rank0, rank0 + rank1, COUNT)
         source_a = pick(q, a0, a1, a2, COUNT) + line.to(tl.int64) * inner
+        if A_ALIGNED:
+            source_a = tl.multiple_of(source_a, (16, 16))
         a = tl.load(source_a + k_head, j < ranks, other=0.0)
         shrunk = tl.dot(a.to(head.dtype), tl.trans(head), input_precision=PRECISION)
         if TAIL > 0:
@@ -452,6 +459,11 @@ class Adapters(NamedTuple):
     arguments: dict[str, Any]
     ranks: tuple[int, ...]
     dtype: Any
+
+    @property
+    def a(self) -> list:
+        """Every a, more than once where it stands in for another."""
+        return [self.arguments[name] for name in ("a0", "a1", "a2") if self.arguments[name] is not None]
 
     def width(self, span: bool) -> int:
         """Low-rank columns in a product: of all adapters, or of any one; 16 at least, as matrix instructions have."""
@@ -520,7 +532,7 @@ def shrink(
     arguments |= {"COUNT": max(len(projections), 1)}
     arguments |= {"NORM": 0 if norm is None else (_GIVEN if given else _COMPUTED).value, "RANKS": ranks}
     arguments |= {"EVEN": inner % config.depth == 0, "PRECISION": config.precision}
-    arguments |= {"ROWS": config.rows, "DEPTH": config.depth}
+    arguments |= {"ROWS": config.rows, "DEPTH": config.depth, "A_ALIGNED": aligned(adapters.a)}
     grid = cdiv(rows, config.rows), cdiv(sum(adapters.ranks), ranks) if ranks else 1
     return Launch(_shrink_kernel, grid, arguments, config.num_warps, config.num_stages)
 
@@ -551,6 +563,7 @@ def project(
     arguments |= numbered("width", widths, 0)
     arguments |= {"COUNT": len(projections), "BIASES": sum(1 << i for i, bias in enumerate(biases) if bias is not None)}
     arguments |= {"PRECISION": config.precision, "ROWS": config.rows, "COLUMNS": config.columns}
+    arguments |= {"A_ALIGNED": aligned(adapters.a)}
     options = config.num_warps, config.num_stages
     if isinstance(config, StripConfig):
         head, tail = strip_parts(inner)

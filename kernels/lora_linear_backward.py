@@ -17,6 +17,7 @@ from rftcore.kernels.lora_linear import (
     WIDEST,
     Count,
     adapters_of,
+    aligned,
     grouped_tile,
     low_rank_precision,
     norm_arguments,
@@ -126,7 +127,7 @@ def _low_rank_kernel(
 def _input_kernel(
     grad0, grad1, grad2, weight0, weight1, weight2, a0, a1, a2, g, grad_n,
     rows, inner, width0, width1, width2, rank0, rank1, rank2,
-    COUNT: tl.constexpr, RANKS: tl.constexpr, CHUNKS: tl.constexpr, EVEN: tl.constexpr,
+    COUNT: tl.constexpr, RANKS: tl.constexpr, CHUNKS: tl.constexpr, A_ALIGNED: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, LOW_RANK: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -164,7 +165,10 @@ def _input_kernel(
             j = j[:, None]
             q = owner(j, rank0, rank1, COUNT)
             line = (j - pick(q, 0, rank0, rank0 + rank1, COUNT)).to(tl.int64)
-            a = tl.load(pick(q, a0, a1, a2, COUNT) + line * inner + column, j < ranks, other=0.0)
+            source_a = pick(q, a0, a1, a2, COUNT) + line * inner
+            if A_ALIGNED:
+                source_a = tl.multiple_of(source_a, (16, 16))
+            a = tl.load(source_a + column, j < ranks, other=0.0)
             total = tl.dot(low, a, total, input_precision=LOW_RANK)
     target = grad_n + row * inner + column
     tl.store(target, total.to(grad_n.dtype.element_ty), row_exists & column_exists)
@@ -301,7 +305,7 @@ def input_gradient(grads: Sequence, projections: Sequence, g, grad_n, config: In
     arguments |= numbered("width", widths, 0) | {"g": g, "grad_n": grad_n, "rows": rows, "inner": inner}
     arguments |= {"COUNT": len(grads), "RANKS": ranks, "CHUNKS": cdiv(sum(adapters.ranks), ranks) if ranks else 0}
     arguments |= {"EVEN": all(width % config.depth == 0 for width in widths), "PRECISION": config.precision}
-    arguments |= {"LOW_RANK": low_rank_precision(grad_n, adapters, config.precision)}
+    arguments |= {"LOW_RANK": low_rank_precision(grad_n, adapters, config.precision), "A_ALIGNED": aligned(adapters.a)}
     arguments |= {"ROWS": config.rows, "COLUMNS": config.columns, "DEPTH": config.depth, "GROUP": config.group}
     grid = (cdiv(rows, config.rows) * cdiv(inner, config.columns),)
     return Launch(_input_kernel, grid, arguments, config.num_warps, config.num_stages)
