@@ -6,7 +6,7 @@ from checks import Canaries
 
 kernels = pytest.importorskip("rftcore.kernels.cross_attention", reason="Triton is not installed", exc_type=ImportError)
 
-from test_attention_kernel import assert_right, attend, inputs  # noqa: E402
+from test_attention_kernel import DTYPES, assert_right, attend, inputs  # noqa: E402
 
 TINY = kernels.Config(16, 2, 1, 1)
 PADDED = kernels.Config(16, 3, 4, 2, head_dim=(128, 0))
@@ -31,7 +31,7 @@ def attend_to_few(q, k, v, grad_o, scale=None, forward=None, backward=None, need
     return [o, lse, *(grad for grad in gradients if grad is not None)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_all_passes(shape, dtype):
     q, k, v, grad_o = inputs(shape, dtype)
@@ -54,15 +54,14 @@ def test_every_head_dimension(head_dim):
 def test_every_tile(config):
     """Several programs and blocks a program, with a tail and without; several partial sums and one."""
     for shape in ((1, 90, 77, 2, 40), (2, 128, 40, 1, 80)):
-        q, k, v, grad_o = inputs(shape)
+        q, k, v, grad_o = inputs(shape, torch.float16)
         assert_right(attend_to_few(q, k, v, grad_o, forward=config, backward=config), q, k, v, grad_o)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("head_dim", [40, 64, 80, 160])
 def test_the_tiles_of_half_precision(head_dim, capability):
-    """The interpreter takes them in fp32 too."""
-    q, k, v, grad_o = inputs((1, 300, 77, 1, head_dim))
+    q, k, v, grad_o = inputs((1, 300, 77, 1, head_dim), torch.float16)
     tiles = {name: kernels.heuristic(name, head_dim, 300, 77, 2, capability) for name in ("forward", "backward")}
     assert_right(attend_to_few(q, k, v, grad_o, **tiles), q, k, v, grad_o)
 
