@@ -30,13 +30,6 @@ def heuristic(columns: int) -> Config:
     return Config(4, 256, 4) if columns >= 256 else Config(16, 64, 4)
 
 
-CANDIDATES = tuple(
-    Config(rows, columns, num_warps)
-    for rows, columns in ((1, 1024), (2, 512), (4, 256), (8, 256))
-    for num_warps in (4, 8)
-)
-
-
 @triton.jit
 def normal_cdf(x):
     """Of the standard normal distribution, x in fp32."""

@@ -4,9 +4,10 @@ import json
 import sys
 
 import pytest
+import torch
 
 from benchmarks import gpu, tune
-from rftcore.ops import measured
+from rftcore.ops import jit, measured
 
 
 @pytest.fixture
@@ -42,3 +43,32 @@ def test_the_table_of_winners_can_be_read(run, tmp_path):
     run(tune, "--out", str(tmp_path))
     winners = measured.read(tmp_path / "cpu.json")
     assert winners["geglu"]["torch.float16 8 x 64"].backend == "cpu"
+
+
+def test_candidates_are_tile_sizes_of_kernels_that_exist():
+    for name, candidates in tune.CANDIDATES.items():
+        for sizes in candidates:
+            assert jit.config(name, measured.Winner("triton", {name: sizes})) is not None
+
+
+def test_the_fastest_tile_sizes_are_kept(monkeypatch):
+    """The time of a launch is what its tile sizes say."""
+    monkeypatch.setattr(tune, "passes", lambda function, sets: ([lambda: function(sets[0])], []))
+    monkeypatch.setattr(tune.clock, "seconds", lambda calls, device, repeats: calls and calls[0]() or 0.0)
+    monkeypatch.setitem(tune.CANDIDATES, "a.Config", [{"rows": 3}, {"rows": 1}, {"rows": 2}])
+    monkeypatch.setitem(tune.CANDIDATES, "b.Config", [{"rows": 9}, {"rows": 8}])
+
+    class Workload:
+        op, shape = "geglu", ""
+        inputs = staticmethod(lambda: [])
+        backends = staticmethod(lambda inputs: ["cpu", "triton"])
+
+        @staticmethod
+        def ours(tensors, backend):
+            sizes = [measured.tile_sizes(name, None) or {"rows": 4} for name in ("a.Config", "b.Config")]
+            return 50 if backend == "cpu" else sum(size["rows"] for size in sizes)
+
+    found = list(tune.trials(Workload, torch.device("cpu"), 1, float("inf")))
+    row = tune.entry(found)
+    assert row["backend"] == "triton" and row["config"] == {"a.Config": {"rows": 1}}
+    assert row["us"] == {"cpu": 50e6, "triton": 5e6}

@@ -19,6 +19,8 @@ _TABLES = Path(__file__).parent / "tables"
 
 # Tile sizes by the name of the kernel, in place of a table's, while they are tried.
 _TRIED: dict[str, dict[str, Any]] = {}
+# The names of kernels that were asked for, while somebody listens.
+_ASKED: list[set[str]] = []
 
 
 class Winner(NamedTuple):
@@ -69,6 +71,8 @@ def read(path: Path) -> dict[str, dict[str, Winner]]:
 
 def tile_sizes(kernel: str, won: Winner | None) -> dict[str, Any] | None:
     """The fields of the kernel's Config: those being tried, or those it won with; None: its heuristic's."""
+    for names in _ASKED:
+        names.add(kernel)
     return _TRIED.get(kernel) or (None if won is None else won.config.get(kernel))
 
 
@@ -80,3 +84,14 @@ def trying(kernel: str, sizes: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         del _TRIED[kernel]
+
+
+@contextlib.contextmanager
+def asked() -> Iterator[set[str]]:
+    """The names of the kernels whose tile sizes are asked for within it."""
+    names: set[str] = set()
+    _ASKED.append(names)
+    try:
+        yield names
+    finally:
+        _ASKED.remove(names)
