@@ -33,7 +33,7 @@ def group_norm_silu(
         channel_bias: (N, C), added before the norm. None: 0.
         scale_shift: scale and shift, (N, C) each. None: 0 and 0.
         activation: "silu" or None.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "cuda" or "reference".
 
     Shapes: (N, C, ...), like x.
     Raises: ValueError for inputs that do not fit; RuntimeError where `backend` cannot serve them.
@@ -84,9 +84,9 @@ def group_norm_silu_forward(x, weight, bias, channel_bias, scale, shift, num_gro
     """
     _check(x, weight, bias, num_groups, channel_bias, scale, shift, "silu" if silu else None)
     inputs = (x, weight, bias, channel_bias, scale, shift, num_groups, eps, silu)
-    if backend == "cpu":
-        return _forward(*inputs)
-    return group_norm_silu_reference(*inputs), x.new_empty(0), x.new_empty(0)
+    if backend == "reference":
+        return group_norm_silu_reference(*inputs), x.new_empty(0), x.new_empty(0)
+    return _forward(*inputs)
 
 
 @torch.no_grad()
@@ -96,12 +96,20 @@ def group_norm_silu_backward(
     """Gradients of the six tensors x to shift, None where not needed; arguments as the forward had and gave them."""
     tensors = (x, weight, bias, channel_bias, scale, shift)
     compiled.check_gradient("group_norm_silu", grad_y, x)
-    if backend == "cpu":
-        grads = _backward(grad_y, *tensors, mean, inverse_deviation, num_groups, silu, list(needs[1:]))
-        return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
-    return compiled.differentiate(
-        lambda *t: group_norm_silu_reference(*t, num_groups, eps, silu), tensors, needs, grad_y
-    )
+    if backend == "reference":
+        return compiled.differentiate(
+            lambda *t: group_norm_silu_reference(*t, num_groups, eps, silu), tensors, needs, grad_y
+        )
+    grads = _backward(grad_y, *tensors, mean, inverse_deviation, num_groups, silu, list(needs[1:]))
+    return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+
+
+def bytes_moved(x: Tensor, backward: bool = False) -> int:
+    """What a pass over x has to move: it reads x and writes y, or reads x and grad_y and writes grad_x.
+
+    Units: bytes. Vectors, some values per channel, are not counted, and neither is what a second pass reads again.
+    """
+    return (3 if backward else 2) * x.numel() * x.element_size()
 
 
 class _GroupNormSiLU(torch.autograd.Function):
@@ -172,10 +180,24 @@ def _problem(x, num_groups, silu, *vectors):
     return arguments, (x, vectors)
 
 
+# Codes shared with csrc/common.
+_PASSES = {"forward": 0, "backward": 1, "backward_per_channel": 2}
+
+
+def _workspace(x, num_groups, purpose):
+    """What the compiled function asks for, uninitialised."""
+    sizes = (*x.shape[:2], num_groups, math.prod(x.shape[2:]), _is_channels_last(x), _PASSES[purpose])
+    elements = compiled.module(x.device).group_norm_silu_workspace(compiled.DTYPES[x.dtype], *sizes)
+    return x.new_empty(elements, dtype=compiled.maths_dtype(x))
+
+
 def _launch_forward(x, weight, bias, channel_bias, scale, shift, num_groups, eps, silu):
     outputs = _forward_outputs(x, weight, bias, channel_bias, scale, shift, num_groups, eps, silu)
     problem, held = _problem(x, num_groups, silu, weight, bias, channel_bias, scale, shift)
-    compiled.launch("group_norm_silu_forward", x.device, *problem, eps, *map(compiled.address, outputs))
+    workspace = _workspace(x, num_groups, "forward")
+    compiled.launch(
+        "group_norm_silu_forward", x.device, *problem, eps, *map(compiled.address, outputs), workspace.data_ptr()
+    )
     return outputs
 
 
@@ -187,11 +209,12 @@ def _launch_backward(
     )
     problem, held = _problem(x, num_groups, silu, weight, bias, channel_bias, scale, shift)
     grad_y = _dense(grad_y, _is_channels_last(x))
+    workspace = _workspace(x, num_groups, "backward_per_channel" if any(needs) else "backward")
     grad_x, *others = outputs
     others = (grad if needed else None for grad, needed in zip(others, needs, strict=True))
     compiled.launch(
         "group_norm_silu_backward", x.device, *problem, mean.data_ptr(), inverse_deviation.data_ptr(),
-        grad_y.data_ptr(), grad_x.data_ptr(), *map(compiled.vector, others),
+        grad_y.data_ptr(), grad_x.data_ptr(), *map(compiled.vector, others), workspace.data_ptr(),
     )  # fmt: skip
     return outputs
 
@@ -199,19 +222,23 @@ def _launch_backward(
 _forward = compiled.define(
     "group_norm_silu(Tensor x, Tensor? weight, Tensor? bias, Tensor? channel_bias, Tensor? scale, Tensor? shift, "
     "int num_groups, float eps, bool silu) -> (Tensor, Tensor, Tensor)",
-    _launch_forward, _forward_outputs, ["CPU"],
+    _launch_forward, _forward_outputs, ["CPU", "CUDA"],
 )  # fmt: skip
 _backward = compiled.define(
     "group_norm_silu_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor? channel_bias, "
     "Tensor? scale, Tensor? shift, Tensor mean, Tensor inverse_deviation, int num_groups, bool silu, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _launch_backward, _backward_outputs, ["CPU"],
+    _launch_backward, _backward_outputs, ["CPU", "CUDA"],
 )  # fmt: skip
 
 OP = backends.register(
     backends.Op(
         "group_norm_silu",
-        {"cpu": compiled.reasons("_cpu", "cpu", "x"), "reference": lambda x: []},
+        {
+            "cpu": compiled.reasons("_cpu", "cpu", "x"),
+            "cuda": compiled.reasons("_cuda", "cuda", "x"),
+            "reference": lambda x: [],
+        },
         lambda device, dtype: (torch.empty(2, 320, 64, 64, device=device, dtype=dtype),),
     )
 )
