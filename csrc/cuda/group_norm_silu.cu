@@ -48,9 +48,9 @@ __device__ Statistics<T> statistics_of(const Part<T>& part, double eps) {
 // The parts part(0) to part(parts - 1) as one, on each lane of a team that shares them. Distances are taken from the
 // first part's mean, `pilot`: no difference of large squares, and no division per part.
 template <class T, class Parts>
-__device__ __forceinline__ Part<T> merged(int64_t parts, int lane, int lanes, T pilot, const Parts& part) {
+__device__ __forceinline__ Part<T> merged(int parts, int lane, int lanes, T pilot, const Parts& part) {
   T count = 0, sum = 0, squares = 0;
-  for (int64_t i = lane; i < parts; i += lanes) {
+  for (int i = lane; i < parts; i += lanes) {
     const Part<T> each = part(i);
     count += each.count;
     sum += each.count * (each.mean - pilot);
@@ -58,7 +58,7 @@ __device__ __forceinline__ Part<T> merged(int64_t parts, int lane, int lanes, T 
   count = lane_sum(count, lanes);
   sum = lane_sum(sum, lanes);
   const T shift = count > T(0) ? sum / count : T(0);
-  for (int64_t i = lane; i < parts; i += lanes) {
+  for (int i = lane; i < parts; i += lanes) {
     const Part<T> each = part(i);
     const T distance = (each.mean - pilot) - shift;
     squares += each.squares + each.count * distance * distance;
@@ -103,8 +103,7 @@ struct Slope {
 
 // Where the parts of a group of a sample lie in the workspace, two values each.
 template <class T>
-__device__ __forceinline__ T* parts_at(void* workspace, const Problem& p, const Cut& cut, int64_t sample,
-                                       int64_t group) {
+__device__ __forceinline__ T* parts_at(void* workspace, const Problem& p, const Cut& cut, int64_t sample, int group) {
   return static_cast<T*>(workspace) + (sample * p.groups + group) * cut.parts() * 2;
 }
 
@@ -121,16 +120,15 @@ struct BackwardWorkspace {
 
 // A group's moments from the workspace.
 template <class T>
-__device__ Part<T> merged_parts(const Problem& p, const Cut& cut, const T* parts, int lane, int lanes) {
-  return merged(cut.parts(), lane, lanes, parts[0], [&](int64_t i) {
-    return Part<T>{T(cut.count(i, p.positions, p.channels_per_group())), parts[2 * i], parts[2 * i + 1]};
-  });
+__device__ Part<T> merged_parts(const Cut& cut, const T* parts, int lane, int lanes) {
+  return merged(cut.parts(), lane, lanes, parts[0],
+                [&](int i) { return Part<T>{cut.count<T>(i), parts[2 * i], parts[2 * i + 1]}; });
 }
 
 template <class T>
 __device__ GradientSums<T> summed_parts(const Cut& cut, const T* parts, int lane, int lanes) {
   GradientSums<T> sums = {};
-  for (int64_t i = lane; i < cut.parts(); i += lanes) {
+  for (int i = lane; i < cut.parts(); i += lanes) {
     sums.g += parts[2 * i];
     sums.gd += parts[2 * i + 1];
   }
@@ -141,38 +139,37 @@ __device__ GradientSums<T> summed_parts(const Cut& cut, const T* parts, int lane
 
 // What a block, and a thread of it, takes.
 struct Place {
-  int64_t sample, chunk, piece;
-  int64_t first_channel, first_group;
-  int64_t first_position;
-  int channels, groups;  // of the tile
+  int64_t sample;
+  int chunk, piece;
+  int first_channel, channels, first_group, groups, per_group;  // of the tile, and of a group's part in it
   int column, row, positions;
-  int64_t offset;     // in elements, of the thread's first vector
-  int64_t stride;     // from one of its vectors to the next
-  int vectors;        // that the thread takes; 0 for one that is in excess
+  int64_t offset;  // in elements, of the thread's first vector
+  int64_t stride;  // from one of its vectors to the next
+  int vectors;     // that the thread takes; 0 for one that is in excess
 
-  __device__ __forceinline__ Place(const Problem& p, const Cut& cut, int vector, int64_t tile, int64_t chunk,
-                                   int64_t sample)
+  __device__ __forceinline__ Place(const Cut& cut, int vector, int tile, int chunk, int64_t sample)
       : sample(sample), chunk(chunk) {
-    const int64_t per_group = p.channels_per_group();
-    piece = tile % cut.pieces;
     if (cut.pieces == 1) {
+      piece = 0;
       first_channel = tile * cut.tile_channels;
       first_group = tile * cut.tile_groups;
-      const int64_t left = p.channels - first_channel;
-      channels = int(left < cut.tile_channels ? left : cut.tile_channels);
-      groups = int(channels / per_group);
+      channels = cut.channels - first_channel;
+      channels = channels < cut.tile_channels ? channels : cut.tile_channels;
+      per_group = cut.per_group;
+      groups = channels / per_group;
     } else {
+      piece = tile % cut.pieces;
       first_group = tile / cut.pieces;
-      first_channel = first_group * per_group + piece * cut.piece_channels;
-      channels = int(cut.channels_of(piece, per_group));
+      first_channel = first_group * cut.per_group + piece * cut.piece_channels;
+      channels = per_group = cut.channels_of(piece);
       groups = 1;
     }
-    first_position = chunk * cut.chunk_positions;
-    positions = int(cut.positions_of(chunk, p.positions));
+    positions = cut.positions_of(chunk);
     column = int(threadIdx.x) % cut.columns;
     row = int(threadIdx.x) / cut.columns;
-    offset = (sample * p.positions + first_position + row) * p.channels + first_channel + column * vector;
-    stride = int64_t(cut.rows) * p.channels;
+    offset = (sample * cut.positions + chunk * cut.chunk_positions + row) * cut.channels + first_channel +
+             column * vector;
+    stride = int64_t(cut.rows) * cut.channels;
     vectors = row < cut.rows && column * vector < channels ? vectors_of(cut, row) : 0;
   }
 
@@ -185,9 +182,10 @@ struct Place {
 };
 
 // Of a two-launch block. Tiles come first: neighbouring blocks read neighbouring memory.
-__device__ __forceinline__ Place place_of(const Problem& p, const Cut& cut, int vector, int64_t block) {
-  const int64_t rest = block / cut.tiles;
-  return Place(p, cut, vector, block % cut.tiles, rest % cut.chunks, rest / cut.chunks);
+__device__ __forceinline__ Place place_of(const Cut& cut, int vector, unsigned block) {
+  const unsigned rest = block / unsigned(cut.tiles);
+  return Place(cut, vector, int(block % unsigned(cut.tiles)), int(rest % unsigned(cut.chunks)),
+               rest / unsigned(cut.chunks));
 }
 
 // Calls body(group, lane, lanes, writes) with every group of a tile, a team of lanes each. All threads call it.
@@ -203,13 +201,16 @@ __device__ __forceinline__ void for_groups(int groups, const Body& body) {
   }
 }
 
-// What threads find of their channels, (rows, tile_channels, kValues), and the sums over rows and a group's channels.
+// What threads find of their channels: planes of (rows, tile_channels).
 template <class T>
 struct Entries {
   T* values;
-  int width;  // of a row
+  int rows, width;
 
-  __device__ __forceinline__ T* at(int row, int channel, int plane, int rows) const {
+  __device__ __forceinline__ Entries(const Cut& cut, T* values)
+      : values(values), rows(cut.rows), width(cut.tile_channels) {}
+
+  __device__ __forceinline__ T* at(int plane, int row, int channel) const {
     return values + (plane * rows + row) * width + channel;
   }
 };
@@ -217,27 +218,27 @@ struct Entries {
 // Moments of each group in the tile over the block's positions, given to write(group, part) by one thread.
 // `bias`: (tile_channels,) or null.
 template <class T, int kVector, class Write>
-__device__ void reduce_moments(const Cut& cut, const Place& here, int per_group, const Running<T> (&running)[kVector],
-                               const T* bias, T* scratch, const Write& write) {
-  const Entries<T> entries = {scratch, int(cut.tile_channels)};
-  if (here.row < cut.rows && here.column * kVector < here.channels) {
+__device__ void reduce_moments(const Cut& cut, const Place& here, const Running<T> (&running)[kVector], const T* bias,
+                               const Entries<T>& entries, const Write& write) {
+  const int first = here.column * kVector;
+  if (here.row < cut.rows && first < here.channels) {
+    Pack<T, kVector> means, squares;
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       const Part<T> part = running[v].part(T(here.vectors));
-      const int c = here.column * kVector + v;
-      *entries.at(here.row, c, 0, cut.rows) = part.mean + (bias && here.vectors ? bias[c] : T(0));
-      *entries.at(here.row, c, 1, cut.rows) = part.squares;
+      means.values[v] = part.mean + (bias && here.vectors ? bias[first + v] : T(0));
+      squares.values[v] = part.squares;
     }
+    means.store(entries.at(0, here.row, first));
+    squares.store(entries.at(1, here.row, first));
   }
   __syncthreads();
-  const int width = here.groups == 1 ? here.channels : per_group;
+  const int width = here.per_group, count = width * cut.rows;
   for_groups(here.groups, [&](int group, int lane, int lanes, bool writes) {
-    const Part<T> part =
-        merged(int64_t(width) * cut.rows, lane, lanes, *entries.at(0, group * width, 0, cut.rows), [&](int64_t i) {
-          const int row = int(i) / width, c = group * width + int(i) % width;
-          return Part<T>{T(here.vectors_of(cut, row)), *entries.at(row, c, 0, cut.rows),
-                         *entries.at(row, c, 1, cut.rows)};
-        });
+    const Part<T> part = merged(count, lane, lanes, *entries.at(0, 0, group * width), [&](int i) {
+      const int row = int(unsigned(i) / unsigned(width)), c = group * width + i - row * width;
+      return Part<T>{T(here.vectors_of(cut, row)), *entries.at(0, row, c), *entries.at(1, row, c)};
+    });
     if (writes) write(group, part);
   });
 }
@@ -251,30 +252,50 @@ __device__ __forceinline__ const T* load_channel_bias(const Problem& p, const Pl
   return bias;
 }
 
-// The tile's channels, and then a thread's own. `statistics`: of the tile's groups, in shared memory.
+// Constants of the tile's channels, planes of (tile_channels,) in shared memory.
+template <class T>
+struct Table {
+  T* values;
+  int width;
+
+  __device__ __forceinline__ Table(const Cut& cut, T* values) : values(values), width(cut.tile_channels) {}
+
+  __device__ __forceinline__ T* at(int plane, int channel) const { return values + plane * width + channel; }
+};
+
+constexpr int kCenter = 0, kGain = 1, kOffset = 2, kConstant = 3, kSlope = 4;
+
+// Fills the table's first three planes, and then a thread's own channels. `statistics`: of the tile's groups.
 template <class T, int kVector>
-__device__ void load_channels(const Problem& p, const Place& here, const Statistics<T>* statistics, Channel<T>* table,
-                              Channel<T> (&own)[kVector]) {
-  const int per_group = here.groups == 1 ? here.channels : int(p.channels_per_group());
+__device__ void load_channels(const Problem& p, const Place& here, const Statistics<T>* statistics,
+                              const Table<T>& table, Channel<T> (&own)[kVector]) {
   for (int c = int(threadIdx.x); c < here.channels; c += int(blockDim.x)) {
-    const Statistics<T>& group = statistics[c / per_group];
-    table[c] = channel_of(p, group.mean, group.inverse_deviation, here.sample, here.first_channel + c);
+    const Statistics<T>& group = statistics[c / here.per_group];
+    const Channel<T> channel =
+        channel_of(p, group.mean, group.inverse_deviation, here.sample, here.first_channel + c);
+    *table.at(kCenter, c) = channel.center;
+    *table.at(kGain, c) = channel.gain;
+    *table.at(kOffset, c) = channel.offset;
   }
   __syncthreads();
+  // Of a thread in excess, whatever lies there.
+  const int first = here.vectors ? here.column * kVector : 0;
+  const auto center = Pack<T, kVector>::load(table.at(kCenter, first));
+  const auto gain = Pack<T, kVector>::load(table.at(kGain, first));
+  const auto offset = Pack<T, kVector>::load(table.at(kOffset, first));
 #pragma unroll
-  for (int v = 0; v < kVector; ++v)
-    own[v] = here.vectors ? table[here.column * kVector + v] : Channel<T>{};
+  for (int v = 0; v < kVector; ++v) own[v] = {center.values[v], gain.values[v], offset.values[v]};
 }
 
 template <class T>
-__device__ void store_statistics(const Forward& a, const Place& here, int group, const Statistics<T>& statistics) {
+__device__ __forceinline__ void store_statistics(const Forward& a, const Place& here, int group, const Statistics<T>& statistics) {
   const int64_t index = here.sample * a.groups + here.first_group + group;
   static_cast<T*>(a.mean)[index] = statistics.mean;
   static_cast<T*>(a.inverse_deviation)[index] = statistics.inverse_deviation;
 }
 
 template <class T>
-__device__ Statistics<T> load_statistics(const Backward& a, int64_t sample, int64_t group) {
+__device__ __forceinline__ Statistics<T> load_statistics(const Backward& a, int64_t sample, int group) {
   const int64_t index = sample * a.groups + group;
   return {static_cast<const T*>(a.mean)[index], static_cast<const T*>(a.inverse_deviation)[index]};
 }
@@ -320,16 +341,16 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     column_moments_kernel(const __grid_constant__ Forward a, const __grid_constant__ Cut cut) {
   using T = maths_of<Stored>;
   using Vector = Pack<Stored, kVector>;
-  const Place here = place_of(a, cut, kVector, blockIdx.x);
-  T* const bias = reinterpret_cast<T*>(shared_memory());
-  T* const scratch = bias + cut.tile_channels;
+  const Place here = place_of(cut, kVector, blockIdx.x);
+  const Entries<T> entries(cut, reinterpret_cast<T*>(shared_memory()));
+  T* const bias = entries.at(2, 0, 0);
   const Stored* const x = static_cast<const Stored*>(a.x) + here.offset;
   Running<T> running[kVector];
   if (here.vectors) set_pilots(Vector::load(x), running);
   stream<kLoads>(
       here.vectors, [&](int k) { return Vector::load(x + k * here.stride); },
       [&](int, const Vector& pack) { add_values(pack, running); });
-  reduce_moments(cut, here, int(a.channels_per_group()), running, load_channel_bias(a, here, bias), scratch,
+  reduce_moments(cut, here, running, load_channel_bias(a, here, bias), entries,
                  [&](int group, const Part<T>& part) {
                    T* const to = parts_at<T>(a.workspace, a, cut, here.sample, here.first_group + group) +
                                  2 * (here.chunk * cut.pieces + here.piece);
@@ -344,12 +365,12 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   using T = maths_of<Stored>;
   using Vector = Pack<Stored, kVector>;
   // Backwards: what the first launch read last is still in the cache.
-  const Place here = place_of(a, cut, kVector, int64_t(gridDim.x) - 1 - blockIdx.x);
-  auto* const statistics = reinterpret_cast<Statistics<T>*>(shared_memory());
-  auto* const table = reinterpret_cast<Channel<T>*>(statistics + cut.tile_groups);
+  const Place here = place_of(cut, kVector, gridDim.x - 1 - blockIdx.x);
+  const Table<T> table(cut, reinterpret_cast<T*>(shared_memory()));
+  auto* const statistics = reinterpret_cast<Statistics<T>*>(table.at(3, 0));
   for_groups(here.groups, [&](int group, int lane, int lanes, bool writes) {
     const T* const parts = parts_at<T>(a.workspace, a, cut, here.sample, here.first_group + group);
-    const Statistics<T> found = statistics_of(merged_parts(a, cut, parts, lane, lanes), a.eps);
+    const Statistics<T> found = statistics_of(merged_parts(cut, parts, lane, lanes), a.eps);
     if (!writes) return;
     statistics[group] = found;
     if (here.writes_statistics()) store_statistics(a, here, group, found);
@@ -373,7 +394,7 @@ struct PackPair {
 // Sums over a thread's positions.
 template <class T, int kVector, bool per_channel>
 struct ColumnSums {
-  T g[kVector] = {}, gd[kVector] = {}, d[per_channel ? kVector : 1] = {};
+  Pack<T, kVector> g = {}, gd = {}, d = {};
 
   template <bool silu_follows, class Stored>
   __device__ __forceinline__ void add(const Channel<T> (&channels)[kVector], const PackPair<Stored, kVector>& pack) {
@@ -381,9 +402,9 @@ struct ColumnSums {
     for (int v = 0; v < kVector; ++v) {
       const T x = convert<T>(pack.x.values[v]), distance = x - channels[v].center;
       const T gradient = affined_gradient<silu_follows>(channels[v], x, convert<T>(pack.grad_y.values[v]));
-      g[v] += gradient;
-      gd[v] += gradient * distance;
-      if constexpr (per_channel) d[v] += distance;
+      g.values[v] += gradient;
+      gd.values[v] += gradient * distance;
+      if constexpr (per_channel) d.values[v] += distance;
     }
   }
 };
@@ -411,26 +432,23 @@ __device__ __forceinline__ Pack<Stored, kVector> gradients(const Channel<T> (&ch
 
 // Sums of each group in the tile over the block's positions, given to write(group, sums) by one thread.
 template <class T, int kVector, bool per_channel, class Write>
-__device__ void reduce_sums(const Cut& cut, const Place& here, int per_group,
-                            const ColumnSums<T, kVector, per_channel>& sums, const Channel<T>* table,
-                            const Entries<T>& entries, const Write& write) {
-  if (here.row < cut.rows && here.column * kVector < here.channels) {
-#pragma unroll
-    for (int v = 0; v < kVector; ++v) {
-      const int c = here.column * kVector + v;
-      *entries.at(here.row, c, 0, cut.rows) = sums.g[v];
-      *entries.at(here.row, c, 1, cut.rows) = sums.gd[v];
-      if constexpr (per_channel) *entries.at(here.row, c, 2, cut.rows) = sums.d[v];
-    }
+__device__ void reduce_sums(const Cut& cut, const Place& here, const ColumnSums<T, kVector, per_channel>& sums,
+                            const Table<T>& table, const Entries<T>& entries, const Write& write) {
+  const int first = here.column * kVector;
+  if (here.row < cut.rows && first < here.channels) {
+    sums.g.store(entries.at(0, here.row, first));
+    sums.gd.store(entries.at(1, here.row, first));
+    if constexpr (per_channel) sums.d.store(entries.at(2, here.row, first));
   }
   __syncthreads();
-  const int width = here.groups == 1 ? here.channels : per_group;
+  const int width = here.per_group, count = width * cut.rows;
   for_groups(here.groups, [&](int group, int lane, int lanes, bool writes) {
     GradientSums<T> of_group = {};
-    for (int i = lane; i < width * cut.rows; i += lanes) {
-      const int row = i / width, c = group * width + i % width;
-      of_group.g += table[c].gain * *entries.at(row, c, 0, cut.rows);
-      of_group.gd += table[c].gain * *entries.at(row, c, 1, cut.rows);
+    for (int i = lane; i < count; i += lanes) {
+      const int row = int(unsigned(i) / unsigned(width)), c = group * width + i - row * width;
+      const T gain = *table.at(kGain, c);
+      of_group.g += gain * *entries.at(0, row, c);
+      of_group.gd += gain * *entries.at(1, row, c);
     }
     of_group = {lane_sum(of_group.g, lanes), lane_sum(of_group.gd, lanes)};
     if (writes) write(group, of_group);
@@ -445,13 +463,21 @@ __device__ __forceinline__ void load_tile_statistics(const Backward& a, const Pl
   __syncthreads();
 }
 
+// Fills the table's other two planes, and then a thread's own channels.
 template <class T, int kVector>
-__device__ __forceinline__ void load_slopes(const Problem& p, const Place& here, const Slope<T>* of_groups,
+__device__ __forceinline__ void load_slopes(const Place& here, const Slope<T>* of_groups, const Table<T>& table,
                                             Slope<T> (&own)[kVector]) {
-  const int per_group = here.groups == 1 ? here.channels : int(p.channels_per_group());
+  for (int c = int(threadIdx.x); c < here.channels; c += int(blockDim.x)) {
+    const Slope<T>& group = of_groups[c / here.per_group];
+    *table.at(kConstant, c) = group.constant;
+    *table.at(kSlope, c) = group.slope;
+  }
+  __syncthreads();
+  const int first = here.vectors ? here.column * kVector : 0;
+  const auto constant = Pack<T, kVector>::load(table.at(kConstant, first));
+  const auto slope = Pack<T, kVector>::load(table.at(kSlope, first));
 #pragma unroll
-  for (int v = 0; v < kVector; ++v)
-    own[v] = here.vectors ? of_groups[(here.column * kVector + v) / per_group] : Slope<T>{};
+  for (int v = 0; v < kVector; ++v) own[v] = {constant.values[v], slope.values[v]};
 }
 
 template <class Stored, int kVector, bool silu_follows, bool per_channel>
@@ -459,10 +485,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     column_sums_kernel(const __grid_constant__ Backward a, const __grid_constant__ Cut cut) {
   using T = maths_of<Stored>;
   using Vector = Pack<Stored, kVector>;
-  const Place here = place_of(a, cut, kVector, blockIdx.x);
-  auto* const statistics = reinterpret_cast<Statistics<T>*>(shared_memory());
-  auto* const table = reinterpret_cast<Channel<T>*>(statistics + cut.tile_groups);
-  const Entries<T> entries = {reinterpret_cast<T*>(table + cut.tile_channels), int(cut.tile_channels)};
+  const Place here = place_of(cut, kVector, blockIdx.x);
+  const Entries<T> entries(cut, reinterpret_cast<T*>(shared_memory()));
+  const Table<T> table(cut, entries.at(per_channel ? 3 : 2, 0, 0));
+  auto* const statistics = reinterpret_cast<Statistics<T>*>(table.at(3, 0));
   load_tile_statistics(a, here, statistics);
   Channel<T> channels[kVector];
   load_channels(a, here, statistics, table, channels);
@@ -475,7 +501,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
         return PackPair<Stored, kVector>{Vector::load(x + k * here.stride), Vector::load(grad_y + k * here.stride)};
       },
       [&](int, const PackPair<Stored, kVector>& pack) { sums.template add<silu_follows>(channels, pack); });
-  reduce_sums(cut, here, int(a.channels_per_group()), sums, table, entries,
+  reduce_sums(cut, here, sums, table, entries,
               [&](int group, const GradientSums<T>& of_group) {
                 T* const to = parts_at<T>(a.workspace, a, cut, here.sample, here.first_group + group) +
                               2 * (here.chunk * cut.pieces + here.piece);
@@ -487,14 +513,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
                   ((here.sample * cut.chunks + here.chunk) * a.channels + here.first_channel) * 3;
     for (int i = int(threadIdx.x); i < here.channels * 3; i += int(blockDim.x)) {
       T sum = 0;
-      for (int row = 0; row < cut.rows; ++row) sum += *entries.at(row, i / 3, i % 3, cut.rows);
+      for (int row = 0; row < cut.rows; ++row) sum += *entries.at(i % 3, row, i / 3);
       to[i] = sum;
     }
   }
 }
 
 template <class T>
-__device__ __forceinline__ void store_slope(const Backward& a, const Cut& cut, int64_t sample, int64_t group,
+__device__ __forceinline__ void store_slope(const Backward& a, const Cut& cut, int64_t sample, int group,
                                             const Slope<T>& slope) {
   T* const to = static_cast<T*>(a.workspace) + BackwardWorkspace(a, cut, false).gradients +
                 (sample * a.groups + group) * 2;
@@ -507,10 +533,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     column_gradient_kernel(const __grid_constant__ Backward a, const __grid_constant__ Cut cut) {
   using T = maths_of<Stored>;
   using Vector = Pack<Stored, kVector>;
-  const Place here = place_of(a, cut, kVector, int64_t(gridDim.x) - 1 - blockIdx.x);
-  auto* const statistics = reinterpret_cast<Statistics<T>*>(shared_memory());
+  const Place here = place_of(cut, kVector, gridDim.x - 1 - blockIdx.x);
+  const Table<T> table(cut, reinterpret_cast<T*>(shared_memory()));
+  auto* const statistics = reinterpret_cast<Statistics<T>*>(table.at(5, 0));
   auto* const of_groups = reinterpret_cast<Slope<T>*>(statistics + cut.tile_groups);
-  auto* const table = reinterpret_cast<Channel<T>*>(of_groups + cut.tile_groups);
   load_tile_statistics(a, here, statistics);
   for_groups(here.groups, [&](int group, int lane, int lanes, bool writes) {
     const T* const parts = parts_at<T>(a.workspace, a, cut, here.sample, here.first_group + group);
@@ -522,7 +548,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   Channel<T> channels[kVector];
   Slope<T> slopes[kVector];
   load_channels(a, here, statistics, table, channels);
-  load_slopes(a, here, of_groups, slopes);
+  load_slopes(here, of_groups, table, slopes);
   const Stored* const x = static_cast<const Stored*>(a.x) + here.offset;
   const Stored* const grad_y = static_cast<const Stored*>(a.grad_y) + here.offset;
   Stored* const grad_x = static_cast<Stored*>(a.grad_x) + here.offset;
@@ -539,7 +565,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 // ---- A channel's positions are neighbours: a team of lanes takes a chunk of one channel.
 
 struct Item {
-  int64_t sample, channel, group, chunk, part;
+  int64_t sample;
+  int channel, group, chunk, part;
   int64_t offset, stride;
   int lane, lanes, vectors;
   bool valid;  // a team in excess repeats the last item without writing
@@ -550,15 +577,15 @@ struct Item {
     int64_t item = block * cut.rows + int(threadIdx.x) / cut.columns;
     valid = item < items;
     item = valid ? item : items - 1;
-    chunk = item % cut.chunks;
-    channel = item / cut.chunks % p.channels;
-    sample = item / cut.chunks / p.channels;
-    group = channel / p.channels_per_group();
-    part = chunk * cut.pieces + channel % p.channels_per_group();
-    offset = (sample * p.channels + channel) * p.positions + chunk * cut.chunk_positions + int64_t(lane) * vector;
+    chunk = int(item % cut.chunks);
+    sample = item / cut.chunks / cut.channels;
+    channel = int(item / cut.chunks - sample * cut.channels);
+    group = channel / cut.per_group;
+    part = chunk * cut.pieces + channel % cut.per_group;
+    offset = (sample * cut.channels + channel) * cut.positions + chunk * cut.chunk_positions + lane * vector;
     stride = int64_t(lanes) * vector;
-    const int64_t of_chunk = cut.positions_of(chunk, p.positions) / vector;
-    vectors = int(of_chunk / lanes + (lane < of_chunk % lanes));
+    const int of_chunk = cut.positions_of(chunk) / vector;
+    vectors = of_chunk / lanes + (lane < of_chunk % lanes);
   }
 };
 
@@ -579,7 +606,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
       });
   const Part<T> own = running.part(T(here.vectors * kVector));
   const T pilot = __shfl_sync(kAllLanes, own.mean, 0, here.lanes);
-  const Part<T> part = merged(here.lanes, here.lane, here.lanes, pilot, [&](int64_t) { return own; });
+  const Part<T> part = merged(here.lanes, here.lane, here.lanes, pilot, [&](int) { return own; });
   if (!here.valid || here.lane) return;
   T* const to = parts_at<T>(a.workspace, a, cut, here.sample, here.group) + 2 * here.part;
   to[0] = part.mean + a.channel_bias.get(here.sample * a.channels + here.channel, T(0));
@@ -593,7 +620,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   using Vector = Pack<Stored, kVector>;
   const Item here(a, cut, kVector, int64_t(gridDim.x) - 1 - blockIdx.x);
   const T* const parts = parts_at<T>(a.workspace, a, cut, here.sample, here.group);
-  const Statistics<T> found = statistics_of(merged_parts(a, cut, parts, here.lane, here.lanes), a.eps);
+  const Statistics<T> found = statistics_of(merged_parts(cut, parts, here.lane, here.lanes), a.eps);
   if (!here.valid) return;
   if (here.lane == 0 && here.part == 0) {
     const int64_t index = here.sample * a.groups + here.group;
@@ -763,9 +790,10 @@ __device__ __forceinline__ void in_stages(int vectors, const Copy& copy, const U
 }
 
 // Blocks of a cluster are neighbours, and its chunks.
-__device__ __forceinline__ Place resident_place(const Problem& p, const Cut& cut, int vector) {
-  const int64_t cluster = blockIdx.x / cut.chunks;
-  return Place(p, cut, vector, cluster % cut.tiles, blockIdx.x % cut.chunks, cluster / cut.tiles);
+__device__ __forceinline__ Place resident_place(const Cut& cut, int vector) {
+  const unsigned cluster = blockIdx.x / unsigned(cut.chunks);
+  return Place(cut, vector, int(cluster % unsigned(cut.tiles)), int(blockIdx.x % unsigned(cut.chunks)),
+               cluster / unsigned(cut.tiles));
 }
 
 template <class Stored, int kVector, bool silu_follows>
@@ -773,13 +801,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     resident_forward_kernel(const __grid_constant__ Forward a, const __grid_constant__ Cut cut, int slots) {
   using T = maths_of<Stored>;
   using Vector = Pack<Stored, kVector>;
-  const Place here = resident_place(a, cut, kVector);
-  const Cluster cluster = {int(cut.chunks)};
+  const Place here = resident_place(cut, kVector);
+  const Cluster cluster = {cut.chunks};
   auto* const data = reinterpret_cast<uint4*>(shared_memory());
-  auto* const table = reinterpret_cast<Channel<T>*>(data + slots * blockDim.x);
-  auto* const statistics = reinterpret_cast<Statistics<T>*>(table + cut.tile_channels);
+  const Entries<T> entries(cut, reinterpret_cast<T*>(data + slots * blockDim.x));
+  const Table<T> table(cut, entries.at(2, 0, 0));
+  T* const bias = table.at(3, 0);
+  auto* const statistics = reinterpret_cast<Statistics<T>*>(table.at(4, 0));
   auto* const parts = reinterpret_cast<Part<T>*>(statistics + cut.tile_groups);
-  auto* const bias = reinterpret_cast<T*>(parts + cut.tile_groups);
   const Stored* const x = static_cast<const Stored*>(a.x) + here.offset;
   const Slots<Stored, kVector> kept = {data + threadIdx.x, int(blockDim.x)};
 
@@ -791,13 +820,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
         if (k == 0) set_pilots(pack, running);
         add_values(pack, running);
       });
-  reduce_moments(cut, here, int(a.channels_per_group()), running, load_channel_bias(a, here, bias),
-                 bias + cut.tile_channels, [&](int group, const Part<T>& part) { parts[group] = part; });
+  reduce_moments(cut, here, running, load_channel_bias(a, here, bias), entries,
+                 [&](int group, const Part<T>& part) { parts[group] = part; });
   cluster.arrive();
   cluster.wait();
   for_groups(here.groups, [&](int group, int lane, int lanes, bool writes) {
     const Part<T> part = merged(cluster.blocks, lane, lanes, cluster.at(parts, 0)[group].mean,
-                                [&](int64_t rank) { return cluster.at(parts, int(rank))[group]; });
+                                [&](int rank) { return cluster.at(parts, rank)[group]; });
     if (!writes) return;
     statistics[group] = statistics_of(part, a.eps);
     if (here.writes_statistics()) store_statistics(a, here, group, statistics[group]);
@@ -816,14 +845,14 @@ template <class Stored, int kVector, bool silu_follows>
 __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     resident_backward_kernel(const __grid_constant__ Backward a, const __grid_constant__ Cut cut, int slots) {
   using T = maths_of<Stored>;
-  const Place here = resident_place(a, cut, kVector);
-  const Cluster cluster = {int(cut.chunks)};
+  const Place here = resident_place(cut, kVector);
+  const Cluster cluster = {cut.chunks};
   auto* const data = reinterpret_cast<uint4*>(shared_memory());
-  auto* const table = reinterpret_cast<Channel<T>*>(data + 2 * slots * blockDim.x);
-  auto* const statistics = reinterpret_cast<Statistics<T>*>(table + cut.tile_channels);
+  const Entries<T> entries(cut, reinterpret_cast<T*>(data + 2 * slots * blockDim.x));
+  const Table<T> table(cut, entries.at(2, 0, 0));
+  auto* const statistics = reinterpret_cast<Statistics<T>*>(table.at(5, 0));
   auto* const of_groups = reinterpret_cast<Slope<T>*>(statistics + cut.tile_groups);
   auto* const parts = reinterpret_cast<GradientSums<T>*>(of_groups + cut.tile_groups);
-  const Entries<T> entries = {reinterpret_cast<T*>(parts + cut.tile_groups), int(cut.tile_channels)};
   const Stored* const x = static_cast<const Stored*>(a.x) + here.offset;
   const Stored* const grad_y = static_cast<const Stored*>(a.grad_y) + here.offset;
   const Slots<Stored, kVector> kept_x = {data + threadIdx.x, int(blockDim.x)};
@@ -842,7 +871,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
       [&](int k) {
         sums.template add<silu_follows>(channels, PackPair<Stored, kVector>{kept_x[k], kept_grad_y[k]});
       });
-  reduce_sums(cut, here, int(a.channels_per_group()), sums, table, entries,
+  reduce_sums(cut, here, sums, table, entries,
               [&](int group, const GradientSums<T>& of_group) { parts[group] = of_group; });
   cluster.arrive();
   cluster.wait();
@@ -858,7 +887,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   cluster.arrive();
   __syncthreads();
   Slope<T> slopes[kVector];
-  load_slopes(a, here, of_groups, slopes);
+  load_slopes(here, of_groups, table, slopes);
   Stored* const grad_x = static_cast<Stored*>(a.grad_x) + here.offset;
   for (int k = 0; k < here.vectors; ++k)
     gradients<silu_follows>(channels, slopes, PackPair<Stored, kVector>{kept_x[k], kept_grad_y[k]})
@@ -871,17 +900,14 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 template <int kValue>
 using Constant = std::integral_constant<int, kValue>;
 
-// Values in 16 bytes. fp64 is there for tests: one at a time is fast enough.
+// Values in 16 bytes.
 template <class Stored>
-constexpr int kVectorOf = std::is_same_v<Stored, double> ? 1 : 16 / int(sizeof(Stored));
+constexpr int kVectorOf = 16 / int(sizeof(Stored));
 
 // Calls function(vector): with 16 bytes at a time where addresses and shape allow that.
 template <class Stored, class Function>
 void with_vector(const Problem& p, bool is_aligned, const Function& function) {
-  if constexpr (kVectorOf<Stored> > 1) {
-    if (is_aligned && fits_vectors(p, kVectorOf<Stored>)) return function(Constant<kVectorOf<Stored>>{});
-  }
-  function(Constant<1>{});
+  is_aligned && fits_vectors(p, kVectorOf<Stored>) ? function(Constant<kVectorOf<Stored>>{}) : function(Constant<1>{});
 }
 
 template <class Function>
@@ -903,7 +929,7 @@ Cut cut_of(const Problem& p, int vector) {
 }
 
 int64_t blocks_of(const Problem& p, const Cut& cut) {
-  return p.channels_last ? cut.tiles * cut.chunks * p.batch : ceil_div(p.batch * p.channels * cut.chunks, cut.rows);
+  return p.channels_last ? p.batch * cut.tiles * cut.chunks : ceil_div(p.batch * p.channels * cut.chunks, cut.rows);
 }
 
 // Bytes of shared memory for `planes` entries per thread and channel, and `per_channel` and `per_group` values of each.
@@ -920,8 +946,8 @@ void forward_as(const Forward& a, uintptr_t stream) {
     if (const Resident resident = cut_resident(a, kVector, sizeof(Stored), 1, compute_capability(name))) {
       const Cut& cut = resident.cut;
       const Grid grid = {blocks_of(a, cut), cut.threads(), resident.data_bytes + shared_bytes<T>(cut, 2, 4, 5),
-                         int(cut.chunks)};
-      return launch(name, resident_forward_kernel<Stored, kVector, silu>, grid, stream, a, cut, int(resident.slots));
+                         cut.chunks};
+      return launch(name, resident_forward_kernel<Stored, kVector, silu>, grid, stream, a, cut, resident.slots);
     }
   }
   const Cut cut = cut_of<Stored>(a, kVector);
@@ -945,10 +971,10 @@ void backward_as(const Backward& a, uintptr_t stream) {
     if (!a.per_channel())
       if (const Resident resident = cut_resident(a, kVector, sizeof(Stored), 2, compute_capability(name))) {
         const Cut& cut = resident.cut;
-        const Grid grid = {blocks_of(a, cut), cut.threads(), resident.data_bytes + shared_bytes<T>(cut, 2, 3, 6),
-                           int(cut.chunks)};
+        const Grid grid = {blocks_of(a, cut), cut.threads(), resident.data_bytes + shared_bytes<T>(cut, 2, 5, 6),
+                           cut.chunks};
         return launch(name, resident_backward_kernel<Stored, kVector, silu>, grid, stream, a, cut,
-                      int(resident.slots));
+                      resident.slots);
       }
   }
   const Cut cut = cut_of<Stored>(a, kVector);
@@ -960,7 +986,7 @@ void backward_as(const Backward& a, uintptr_t stream) {
                {blocks, cut.threads(), shared_bytes<T>(cut, per_channel() ? 3 : 2, 3, 2)}, stream, a, cut);
       });
       launch(name, column_gradient_kernel<Stored, kVector, silu>,
-             {blocks, cut.threads(), shared_bytes<T>(cut, 0, 3, 4)}, stream, a, cut);
+             {blocks, cut.threads(), shared_bytes<T>(cut, 0, 5, 4)}, stream, a, cut);
     } else {
       launch(name, row_sums_kernel<Stored, kVector, silu>, {blocks, kThreads}, stream, a, cut);
       launch(name, row_gradient_kernel<Stored, kVector, silu>, {blocks, kThreads}, stream, a, cut);

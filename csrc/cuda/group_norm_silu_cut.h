@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <numeric>
+#include <stdexcept>
 
 #include "../common/group_norm_silu.h"
 #include "../common/host_device.h"
@@ -17,29 +18,32 @@ constexpr int kThreads = 256;
 // Where channels are neighbours, a block takes a chunk of positions of a tile of channels: whole groups, or where one is
 // too large a piece of one. Where a channel's positions are neighbours, a team of lanes takes a chunk of these, and each
 // channel is a piece of its group.
+// 32 bits: a GPU takes long for a division of 64.
 struct Cut {
-  int64_t chunks, chunk_positions;
-  int64_t tiles, tile_channels;
-  int64_t tile_groups;             // 1 where a tile is a piece of a group
-  int64_t pieces, piece_channels;  // of a group
-  int columns, rows;               // threads along channels, a vector each, and along positions; or lanes of a team
+  int channels, per_group, positions;  // of a sample
+  int chunks, chunk_positions;
+  int tiles, tile_channels;
+  int tile_groups;             // 1 where a tile is a piece of a group
+  int pieces, piece_channels;  // of a group
+  int columns, rows;           // threads along channels, a vector each, and along positions; or lanes and teams
 
-  RFTCORE_HOST_DEVICE int64_t parts() const { return chunks * pieces; }  // of a group
+  RFTCORE_HOST_DEVICE int parts() const { return chunks * pieces; }  // of a group
 
-  RFTCORE_HOST_DEVICE int64_t positions_of(int64_t chunk, int64_t positions) const {
-    const int64_t left = positions - chunk * chunk_positions;
+  RFTCORE_HOST_DEVICE int positions_of(int chunk) const {
+    const int left = positions - chunk * chunk_positions;
     return left < chunk_positions ? (left < 0 ? 0 : left) : chunk_positions;
   }
 
-  RFTCORE_HOST_DEVICE int64_t channels_of(int64_t piece, int64_t per_group) const {
-    const int64_t left = per_group - piece * piece_channels;
+  RFTCORE_HOST_DEVICE int channels_of(int piece) const {
+    const int left = per_group - piece * piece_channels;
     return left < piece_channels ? left : piece_channels;
   }
 
-  // Elements of a group's part; parts are in the order (chunk, piece).
-  RFTCORE_HOST_DEVICE int64_t count(int64_t part, int64_t positions, int64_t per_group) const {
-    if (pieces == 1) return positions_of(part, positions) * per_group;
-    return positions_of(part / pieces, positions) * channels_of(part % pieces, per_group);
+  // Elements of a group's part, in a type that holds as many; parts are in the order (chunk, piece).
+  template <class T>
+  RFTCORE_HOST_DEVICE T count(int part) const {
+    if (pieces == 1) return T(positions_of(part)) * T(per_group);
+    return T(positions_of(part / pieces)) * T(channels_of(part % pieces));
   }
 
   int threads() const { return (columns * rows + kWarp - 1) / kWarp * kWarp; }
@@ -57,9 +61,9 @@ constexpr int64_t kTileBytes = 128;
 // What a block reads of x: enough to pay for its prologue.
 constexpr int64_t kChunkBytes = 32768;
 // Every block of the second launch merges all parts of its groups.
-constexpr int64_t kMaxParts = 256;
+constexpr int kMaxParts = 256;
 // No more vectors of a piece of a group.
-constexpr int64_t kPieceVectors = 64;
+constexpr int kPieceVectors = 64;
 // Loads that a thread has in flight.
 constexpr int kLoads = 4;
 
@@ -70,25 +74,35 @@ inline bool fits_vectors(const group_norm_silu::Problem& p, int vector) {
   return unit_channels(p, vector) <= kThreads * int64_t(vector) || p.channels_per_group() % vector == 0;
 }
 
+inline Cut empty_cut(const group_norm_silu::Problem& p) {
+  if (p.channels > (1 << 30) || p.positions > (1 << 30))
+    throw std::invalid_argument("group_norm_silu: more than 2^30 channels or positions");
+  Cut cut = {};
+  cut.channels = int(p.channels);
+  cut.per_group = int(p.channels_per_group());
+  cut.positions = int(p.positions);
+  return cut;
+}
+
 // Tiles of whole groups at least `row_bytes` wide, or pieces of groups; without chunks.
 inline Cut cut_channels(const group_norm_silu::Problem& p, int vector, int element_bytes, int64_t row_bytes) {
-  const int64_t unit = unit_channels(p, vector), per_group = p.channels_per_group();
-  Cut cut = {};
+  const int64_t unit = unit_channels(p, vector);
+  Cut cut = empty_cut(p);
   if (unit <= kThreads * int64_t(vector)) {
     const int64_t units = std::min(std::min(ceil_div(row_bytes, unit * element_bytes), kThreads * vector / unit),
                                    ceil_div(p.channels, unit));
-    cut.tile_channels = units * unit;
-    cut.tile_groups = cut.tile_channels / per_group;
-    cut.tiles = ceil_div(p.channels, cut.tile_channels);
+    cut.tile_channels = int(units * unit);
+    cut.tile_groups = cut.tile_channels / cut.per_group;
+    cut.tiles = int(ceil_div(p.channels, cut.tile_channels));
     cut.pieces = 1;
-    cut.piece_channels = per_group;
+    cut.piece_channels = cut.per_group;
   } else {
     cut.tile_channels = cut.piece_channels = kPieceVectors * vector;
     cut.tile_groups = 1;
-    cut.pieces = ceil_div(per_group, cut.piece_channels);
-    cut.tiles = p.groups * cut.pieces;
+    cut.pieces = int(ceil_div(cut.per_group, cut.piece_channels));
+    cut.tiles = int(p.groups) * cut.pieces;
   }
-  cut.columns = int(cut.tile_channels / vector);
+  cut.columns = cut.tile_channels / vector;
   cut.rows = kThreads / cut.columns;
   return cut;
 }
@@ -96,10 +110,10 @@ inline Cut cut_channels(const group_norm_silu::Problem& p, int vector, int eleme
 inline Cut cut_columns(const group_norm_silu::Problem& p, int vector, int element_bytes) {
   Cut cut = cut_channels(p, vector, element_bytes, kTileBytes);
   const int64_t step = cut.rows * kLoads;
-  const int64_t wanted = kChunkBytes / (cut.tile_channels * element_bytes);
-  const int64_t least = ceil_div(p.positions, std::max<int64_t>(1, kMaxParts / cut.pieces));
-  cut.chunk_positions = std::max<int64_t>(1, ceil_div(std::max(wanted, least), step)) * step;
-  cut.chunks = std::max<int64_t>(1, ceil_div(p.positions, cut.chunk_positions));
+  const int64_t wanted = kChunkBytes / (int64_t(cut.tile_channels) * element_bytes);
+  const int64_t least = ceil_div(p.positions, std::max(1, kMaxParts / cut.pieces));
+  cut.chunk_positions = int(std::max<int64_t>(1, ceil_div(std::max(wanted, least), step)) * step);
+  cut.chunks = int(std::max<int64_t>(1, ceil_div(p.positions, cut.chunk_positions)));
   return cut;
 }
 
@@ -107,14 +121,14 @@ inline Cut cut_columns(const group_norm_silu::Problem& p, int vector, int elemen
 constexpr int64_t kTeamVectors = 16, kTeamChunks = 64;
 
 inline Cut cut_rows(const group_norm_silu::Problem& p, int vector) {
-  Cut cut = {};
+  Cut cut = empty_cut(p);
   cut.columns = 1;
   while (cut.columns < kWarp && cut.columns * int64_t(vector) < p.positions) cut.columns *= 2;
   const int64_t step = cut.columns * int64_t(vector);
   const int64_t least = ceil_div(p.positions, kTeamChunks);
-  cut.chunk_positions = ceil_div(std::max(step * kTeamVectors, least), step) * step;
-  cut.chunks = std::max<int64_t>(1, ceil_div(p.positions, cut.chunk_positions));
-  cut.pieces = p.channels_per_group();
+  cut.chunk_positions = int(ceil_div(std::max(step * kTeamVectors, least), step) * step);
+  cut.chunks = int(std::max<int64_t>(1, ceil_div(p.positions, cut.chunk_positions)));
+  cut.pieces = cut.per_group;
   cut.piece_channels = 1;
   cut.rows = kThreads / cut.columns;
   return cut;
@@ -123,7 +137,7 @@ inline Cut cut_rows(const group_norm_silu::Problem& p, int vector) {
 // A cut of a sample whose tiles stay in shared memory, spread over the blocks of a cluster; chunks are these blocks.
 struct Resident {
   Cut cut;
-  int64_t slots;  // vectors per thread and tensor
+  int slots;  // vectors per thread and tensor
   int64_t data_bytes;
 
   explicit operator bool() const { return slots > 0; }
@@ -144,16 +158,16 @@ inline Resident cut_resident(const group_norm_silu::Problem& p, int vector, int 
   Resident resident = {cut_channels(p, vector, element_bytes, kResidentTileBytes), 0, 0};
   Cut& cut = resident.cut;
   if (cut.pieces > 1) return {};
-  const int64_t tile_bytes = cut.tile_channels * element_bytes;
+  const int64_t tile_bytes = int64_t(cut.tile_channels) * element_bytes;
   cut.chunks = 1;
   while (clusters && cut.chunks < kMaxCluster && ceil_div(p.positions, cut.chunks) * tile_bytes > kResidentShareBytes)
     cut.chunks *= 2;
-  cut.chunk_positions = ceil_div(p.positions, cut.chunks);
-  cut.rows = int(std::min<int64_t>(cut.rows, cut.chunk_positions));
+  cut.chunk_positions = int(ceil_div(p.positions, cut.chunks));
+  cut.rows = std::min(cut.rows, cut.chunk_positions);
   const int64_t slots = ceil_div(cut.chunk_positions, cut.rows);
   resident.data_bytes = slots * cut.threads() * tensors * 16;
   if (resident.data_bytes > (clusters ? kResidentBytes : kResidentBytesAlone)) return {};
-  resident.slots = slots;
+  resident.slots = int(slots);
   return resident;
 }
 
