@@ -1,8 +1,10 @@
 """The CUDA kernels, emulated: each way through them, whatever the order of threads, and what was built for a GPU."""
 
 import math
+import os
 import shutil
 import subprocess
+from importlib.util import find_spec
 from itertools import product
 
 import emulated_cuda
@@ -108,12 +110,20 @@ def test_the_emulation_names_the_rule_that_was_broken():
         assert message in error
 
 
+def find_cuobjdump():
+    """CUDA's own, or the one in Triton's wheel."""
+    triton = find_spec("triton")
+    wheels = triton.submodule_search_locations if triton else []
+    folders = [os.environ.get("PATH", ""), *(f"{wheel}/backends/nvidia/bin" for wheel in wheels)]
+    return shutil.which("cuobjdump", path=os.pathsep.join(folders))
+
+
 def test_kernels_keep_to_their_registers():
     """Of every kernel for every GPU that was compiled for: nothing is spilled, and no stack is used."""
     if reason := build.why_not_loaded("_cuda"):
         pytest.skip(reason)
-    if not (cuobjdump := shutil.which("cuobjdump")):
-        pytest.skip("no cuobjdump to read the module with")
+    if not (cuobjdump := find_cuobjdump()):
+        pytest.skip("no cuobjdump to read the module with, neither CUDA's nor Triton's")
     module = build.load("_cuda")
     command = [cuobjdump, "--dump-resource-usage", module.__file__]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
