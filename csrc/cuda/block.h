@@ -44,6 +44,7 @@ struct Cluster {
   // What was written before arriving is seen, in the shared memory of every block, after waiting.
   __device__ __forceinline__ void arrive() const {
     if (blocks == 1) return;
+    __syncwarp();  // the barrier is one instruction of a whole warp
 #if !defined(__CUDACC__)
     emulation::cluster_arrive();
 #elif __CUDA_ARCH__ >= 900
@@ -53,6 +54,7 @@ struct Cluster {
 
   __device__ __forceinline__ void wait() const {
     if (blocks == 1) return __syncthreads();
+    __syncwarp();
 #if !defined(__CUDACC__)
     emulation::cluster_wait();
 #elif __CUDA_ARCH__ >= 900

@@ -23,7 +23,7 @@ namespace {
 // Loads that a thread of the backward has in flight, of each of two tensors.
 constexpr int kLoadPairs = 2;
 // What leaves so many registers that none are spilled, and enough threads to wait for memory.
-constexpr int kBlocksPerProcessor = 2;
+constexpr int kBlocksPerProcessor = 2, kForwardBlocksPerProcessor = 3;
 // Stages in which a resident block waits for its data, so that it computes while the rest arrives.
 constexpr int kStages = 4;
 
@@ -78,27 +78,36 @@ struct Running {
     squares += distance * distance;
   }
 
-  __device__ __forceinline__ Part<T> part(T count) const {
-    if (count == T(0)) return {};
-    const T shift = sum / count, about_mean = squares - shift * sum;
+  // Of `count` values; 0 of none.
+  __device__ __forceinline__ Part<T> part(T count, T inverse_count) const {
+    const T shift = sum * inverse_count, about_mean = squares - shift * sum;
     return {count, pilot + shift, about_mean < T(0) ? T(0) : about_mean};
   }
 };
 
-// Sums of one group of one sample: of gain g, and of gain g d. grad_x is gain g + constant + slope d.
+template <class T>
+__device__ __forceinline__ T inverse_of_count(int count) {
+  return count > 0 ? T(1) / T(count) : T(0);
+}
+
+// Sums of one group of one sample: of gain g, and of gain g d.
 template <class T>
 struct GradientSums {
   T g, gd;
-
-  __device__ __forceinline__ GroupGradient gradient(const Backward& a, T inverse_deviation) const {
-    const T elements = T(a.channels_per_group()) * T(a.positions > 0 ? a.positions : 1);
-    return {-g / elements, -gd / elements * inverse_deviation * inverse_deviation};
-  }
 };
 
+// grad_x is gain g + constant + slope d: group_gradient of csrc/common, of sums that hold the gain already.
 template <class T>
 struct Slope {
   T constant, slope;
+
+  __device__ __forceinline__ Slope(const Cut& cut, const GradientSums<T>& sums, T inverse_deviation) {
+    const T inverse_count = T(1) / (T(cut.per_group) * T(cut.positions > 0 ? cut.positions : 1));
+    constant = -sums.g * inverse_count;
+    slope = -sums.gd * inverse_count * inverse_deviation * inverse_deviation;
+  }
+
+  __device__ __forceinline__ Slope(T constant = 0, T slope = 0) : constant(constant), slope(slope) {}
 };
 
 // Where the parts of a group of a sample lie in the workspace, two values each.
@@ -223,9 +232,10 @@ __device__ void reduce_moments(const Cut& cut, const Place& here, const Running<
   const int first = here.column * kVector;
   if (here.row < cut.rows && first < here.channels) {
     Pack<T, kVector> means, squares;
+    const T inverse_count = inverse_of_count<T>(here.vectors);
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
-      const Part<T> part = running[v].part(T(here.vectors));
+      const Part<T> part = running[v].part(T(here.vectors), inverse_count);
       means.values[v] = part.mean + (bias && here.vectors ? bias[first + v] : T(0));
       squares.values[v] = part.squares;
     }
@@ -337,7 +347,7 @@ __device__ __forceinline__ Pack<Stored, kVector> outputs(const Channel<T> (&chan
 }
 
 template <class Stored, int kVector>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kThreads, kForwardBlocksPerProcessor)
     column_moments_kernel(const __grid_constant__ Forward a, const __grid_constant__ Cut cut) {
   using T = maths_of<Stored>;
   using Vector = Pack<Stored, kVector>;
@@ -360,7 +370,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 }
 
 template <class Stored, int kVector, bool silu_follows>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kThreads, kForwardBlocksPerProcessor)
     column_output_kernel(const __grid_constant__ Forward a, const __grid_constant__ Cut cut) {
   using T = maths_of<Stored>;
   using Vector = Pack<Stored, kVector>;
@@ -408,12 +418,6 @@ struct ColumnSums {
     }
   }
 };
-
-template <class T>
-__device__ __forceinline__ Slope<T> slope_of(const Backward& a, const GradientSums<T>& sums, T inverse_deviation) {
-  const GroupGradient gradient = sums.gradient(a, inverse_deviation);
-  return {T(gradient.constant), T(gradient.slope)};
-}
 
 template <bool silu_follows, class T, class Stored, int kVector>
 __device__ __forceinline__ Pack<Stored, kVector> gradients(const Channel<T> (&channels)[kVector],
@@ -542,7 +546,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
     const T* const parts = parts_at<T>(a.workspace, a, cut, here.sample, here.first_group + group);
     const GradientSums<T> sums = summed_parts(cut, parts, lane, lanes);
     if (!writes) return;
-    of_groups[group] = slope_of(a, sums, statistics[group].inverse_deviation);
+    of_groups[group] = Slope<T>(cut, sums, statistics[group].inverse_deviation);
     if (here.writes_statistics()) store_slope(a, cut, here.sample, here.first_group + group, of_groups[group]);
   });
   Channel<T> channels[kVector];
@@ -590,7 +594,7 @@ struct Item {
 };
 
 template <class Stored, int kVector>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kThreads, kForwardBlocksPerProcessor)
     row_moments_kernel(const __grid_constant__ Forward a, const __grid_constant__ Cut cut) {
   using T = maths_of<Stored>;
   using Vector = Pack<Stored, kVector>;
@@ -604,7 +608,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 #pragma unroll
         for (int v = 0; v < kVector; ++v) running.add(convert<T>(pack.values[v]));
       });
-  const Part<T> own = running.part(T(here.vectors * kVector));
+  const Part<T> own = running.part(T(here.vectors * kVector), inverse_of_count<T>(here.vectors * kVector));
   const T pilot = __shfl_sync(kAllLanes, own.mean, 0, here.lanes);
   const Part<T> part = merged(here.lanes, here.lane, here.lanes, pilot, [&](int) { return own; });
   if (!here.valid || here.lane) return;
@@ -614,7 +618,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
 }
 
 template <class Stored, int kVector, bool silu_follows>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kThreads, kForwardBlocksPerProcessor)
     row_output_kernel(const __grid_constant__ Forward a, const __grid_constant__ Cut cut) {
   using T = maths_of<Stored>;
   using Vector = Pack<Stored, kVector>;
@@ -692,7 +696,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   const GradientSums<T> sums = summed_parts(cut, parts, here.lane, here.lanes);
   if (!here.valid) return;
   const Statistics<T> statistics = load_statistics<T>(a, here.sample, here.group);
-  const Slope<T> slope[1] = {slope_of(a, sums, statistics.inverse_deviation)};
+  const Slope<T> slope[1] = {Slope<T>(cut, sums, statistics.inverse_deviation)};
   if (here.lane == 0 && here.part == 0) store_slope(a, cut, here.sample, here.group, slope[0]);
   const Channel<T> channel = channel_of(a, statistics.mean, statistics.inverse_deviation, here.sample, here.channel);
   const Stored* const x = static_cast<const Stored*>(a.x) + here.offset;
@@ -797,7 +801,7 @@ __device__ __forceinline__ Place resident_place(const Cut& cut, int vector) {
 }
 
 template <class Stored, int kVector, bool silu_follows>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
+__global__ void __launch_bounds__(kThreads, kForwardBlocksPerProcessor)
     resident_forward_kernel(const __grid_constant__ Forward a, const __grid_constant__ Cut cut, int slots) {
   using T = maths_of<Stored>;
   using Vector = Pack<Stored, kVector>;
@@ -882,7 +886,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
       total.g += part.g;
       total.gd += part.gd;
     }
-    of_groups[group] = slope_of(a, total, statistics[group].inverse_deviation);
+    of_groups[group] = Slope<T>(cut, total, statistics[group].inverse_deviation);
   }
   cluster.arrive();
   __syncthreads();

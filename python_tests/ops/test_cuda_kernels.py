@@ -67,7 +67,9 @@ def test_the_order_of_threads_and_blocks_makes_no_difference(layout, offset, mon
         for seed in range(3):
             emulation.reset(90, seed)
             results.append(value_and_gradients(ours(4, backend="cuda"), tensors, grad))
-        exact = value_and_gradients(stock(4), [t.detach().double().requires_grad_(t.requires_grad) for t in tensors], grad)
+        exact = value_and_gradients(
+            stock(4), [t.detach().double().requires_grad_(t.requires_grad) for t in tensors], grad
+        )
         for first, second, third, expected in zip(*results, exact, strict=True):
             assert torch.equal(first, second) and torch.equal(first, third)
             assert relative_error(first, expected) < 1e-6

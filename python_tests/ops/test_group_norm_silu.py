@@ -21,7 +21,14 @@ from rftcore.ops import group_norm_silu
 from rftcore.ops.backends import OPS
 
 # Odd sizes, a size of 1, more than a strip and more than a tile, any number of spatial dimensions.
-CASES = [((2, 6), 3), ((3, 6, 1), 2), ((2, 40, 5, 7), 8), ((1, 12, 67, 71), 4), ((2, 32, 3, 4, 5), 32), ((2, 5, 9, 3), 1)]
+CASES = [
+    ((2, 6), 3),
+    ((3, 6, 1), 2),
+    ((2, 40, 5, 7), 8),
+    ((1, 12, 67, 71), 4),
+    ((2, 32, 3, 4, 5), 32),
+    ((2, 5, 9, 3), 1),
+]
 EPS = 1e-5
 
 
