@@ -1,4 +1,4 @@
-"""The CUDA kernels, compiled as C++ over cuda_emulation/ and run on CPU tensors: indices, sums and barriers for real."""
+"""The CUDA kernels, compiled as C++ over cuda_emulation/ and run on CPU tensors: indices, sums, barriers and all."""
 
 import ctypes
 import hashlib
@@ -81,8 +81,8 @@ def load() -> Emulation:
         if not target.exists():
             partial = target.with_suffix(".partial")
             command = [
-                compiler, *FLAGS, f"-I{SHIM}", f"-I{python}", f"-I{pybind11.get_include()}", "-x", "c++", *map(str, units),
-                "-o", str(partial),
+                compiler, *FLAGS, f"-I{SHIM}", f"-I{python}", f"-I{pybind11.get_include()}", "-x", "c++",
+                *map(str, units), "-o", str(partial),
             ]  # fmt: skip
             built = subprocess.run(command, check=False, capture_output=True, text=True)
             if built.returncode:

@@ -1,11 +1,12 @@
-// group_norm_silu on a GPU. Statistics, and the sums of the backward, are those of a whole group of a sample, and each is
-// spread over many blocks. Either a first launch writes what every block finds of its groups, and every block of a second
-// one merges the few parts its groups have; or, where a tile of channels fits the shared memory of a cluster of blocks,
-// one launch does both and reads its inputs once. Nothing is added atomically: the order is always the same.
+// group_norm_silu on a GPU. Statistics, and the sums of the backward, are those of a whole group of a sample, and each
+// is spread over many blocks. Either a first launch writes what every block finds of its groups, and every block of a
+// second one merges the few parts its groups have; or, where a tile of channels fits the shared memory of a cluster of
+// blocks, one launch does both and reads its inputs once. Nothing is added atomically: the order is always the same.
 #include "group_norm_silu.h"
 
 #include <cuda_pipeline.h>
 
+#include <algorithm>
 #include <cmath>
 #include <type_traits>
 
@@ -144,7 +145,7 @@ __device__ GradientSums<T> summed_parts(const Cut& cut, const T* parts, int lane
   return {lane_sum(sums.g, lanes), lane_sum(sums.gd, lanes)};
 }
 
-// ---- Channels are neighbours: threads are columns, a vector of channels each, times rows.
+// Channels are neighbours: threads are columns, a vector of channels each, times rows.
 
 // What a block, and a thread of it, takes.
 struct Place {
@@ -254,12 +255,11 @@ __device__ void reduce_moments(const Cut& cut, const Place& here, const Running<
 }
 
 template <class T>
-__device__ __forceinline__ const T* load_channel_bias(const Problem& p, const Place& here, T* bias) {
-  if (!p.channel_bias) return nullptr;
+__device__ __forceinline__ void load_channel_bias(const Problem& p, const Place& here, T* bias) {
+  if (!p.channel_bias) return;
   for (int c = int(threadIdx.x); c < here.channels; c += int(blockDim.x))
     bias[c] = p.channel_bias.get(here.sample * p.channels + here.first_channel + c, T(0));
   __syncthreads();
-  return bias;
 }
 
 // Constants of the tile's channels, planes of (tile_channels,) in shared memory.
@@ -298,7 +298,8 @@ __device__ void load_channels(const Problem& p, const Place& here, const Statist
 }
 
 template <class T>
-__device__ __forceinline__ void store_statistics(const Forward& a, const Place& here, int group, const Statistics<T>& statistics) {
+__device__ __forceinline__ void store_statistics(const Forward& a, const Place& here, int group,
+                                                 const Statistics<T>& statistics) {
   const int64_t index = here.sample * a.groups + here.first_group + group;
   static_cast<T*>(a.mean)[index] = statistics.mean;
   static_cast<T*>(a.inverse_deviation)[index] = statistics.inverse_deviation;
@@ -360,7 +361,8 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocksPerProcessor)
   stream<kLoads>(
       here.vectors, [&](int k) { return Vector::load(x + k * here.stride); },
       [&](int, const Vector& pack) { add_values(pack, running); });
-  reduce_moments(cut, here, running, load_channel_bias(a, here, bias), entries,
+  load_channel_bias(a, here, bias);
+  reduce_moments(cut, here, running, a.channel_bias ? bias : nullptr, entries,
                  [&](int group, const Part<T>& part) {
                    T* const to = parts_at<T>(a.workspace, a, cut, here.sample, here.first_group + group) +
                                  2 * (here.chunk * cut.pieces + here.piece);
@@ -566,7 +568,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
       });
 }
 
-// ---- A channel's positions are neighbours: a team of lanes takes a chunk of one channel.
+// A channel's positions are neighbours: a team of lanes takes a chunk of one channel.
 
 struct Item {
   int64_t sample;
@@ -719,7 +721,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
       });
 }
 
-// ---- Gradients of weight, bias, channel_bias, scale and shift, from the sums of channels.
+// Gradients of weight, bias, channel_bias, scale and shift, from the sums of channels.
 
 constexpr int kSumRows = kThreads / kWarp;
 
@@ -764,7 +766,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   }
 }
 
-// ---- One launch: a cluster keeps a tile of a sample in shared memory, its blocks a share of the positions each.
+// One launch: a cluster keeps a tile of a sample in shared memory, its blocks a share of the positions each.
 
 // A thread's own vectors of one tensor, copied asynchronously. No other thread reads them.
 template <class Stored, int kVector>
@@ -777,15 +779,23 @@ struct Slots {
   }
 };
 
-// Copies in kStages stages, and calls use(k) as soon as vector k of every tensor is there.
-template <class Copy, class Use>
-__device__ __forceinline__ void in_stages(int vectors, const Copy& copy, const Use& use) {
-  const int per_stage = (vectors + kStages - 1) / kStages;
+__device__ __forceinline__ int vectors_per_stage(int vectors) { return (vectors + kStages - 1) / kStages; }
+
+// Calls copy(k) for every vector, in kStages stages.
+template <class Copy>
+__device__ __forceinline__ void start_stages(int vectors, const Copy& copy) {
+  const int per_stage = vectors_per_stage(vectors);
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) {
     for (int k = stage * per_stage; k < vectors && k < (stage + 1) * per_stage; ++k) copy(k);
     __pipeline_commit();
   }
+}
+
+// Calls use(k) as soon as vector k of every tensor is there.
+template <class Use>
+__device__ __forceinline__ void await_stages(int vectors, const Use& use) {
+  const int per_stage = vectors_per_stage(vectors);
 #pragma unroll
   for (int stage = 0; stage < kStages; ++stage) {
     __pipeline_wait_prior(kStages - 1 - stage);
@@ -816,15 +826,16 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocksPerProcessor)
   const Stored* const x = static_cast<const Stored*>(a.x) + here.offset;
   const Slots<Stored, kVector> kept = {data + threadIdx.x, int(blockDim.x)};
 
+  start_stages(here.vectors,
+               [&](int k) { __pipeline_memcpy_async(kept.first + k * kept.stride, x + k * here.stride, 16); });
+  load_channel_bias(a, here, bias);
   Running<T> running[kVector];
-  in_stages(
-      here.vectors, [&](int k) { __pipeline_memcpy_async(kept.first + k * kept.stride, x + k * here.stride, 16); },
-      [&](int k) {
-        const Vector pack = kept[k];
-        if (k == 0) set_pilots(pack, running);
-        add_values(pack, running);
-      });
-  reduce_moments(cut, here, running, load_channel_bias(a, here, bias), entries,
+  await_stages(here.vectors, [&](int k) {
+    const Vector pack = kept[k];
+    if (k == 0) set_pilots(pack, running);
+    add_values(pack, running);
+  });
+  reduce_moments(cut, here, running, a.channel_bias ? bias : nullptr, entries,
                  [&](int group, const Part<T>& part) { parts[group] = part; });
   cluster.arrive();
   cluster.wait();
@@ -862,19 +873,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   const Slots<Stored, kVector> kept_x = {data + threadIdx.x, int(blockDim.x)};
   const Slots<Stored, kVector> kept_grad_y = {data + slots * blockDim.x + threadIdx.x, int(blockDim.x)};
 
+  start_stages(here.vectors, [&](int k) {
+    __pipeline_memcpy_async(kept_x.first + k * kept_x.stride, x + k * here.stride, 16);
+    __pipeline_memcpy_async(kept_grad_y.first + k * kept_grad_y.stride, grad_y + k * here.stride, 16);
+  });
   Channel<T> channels[kVector];
-  ColumnSums<T, kVector, false> sums;
   load_tile_statistics(a, here, statistics);
   load_channels(a, here, statistics, table, channels);
-  in_stages(
-      here.vectors,
-      [&](int k) {
-        __pipeline_memcpy_async(kept_x.first + k * kept_x.stride, x + k * here.stride, 16);
-        __pipeline_memcpy_async(kept_grad_y.first + k * kept_grad_y.stride, grad_y + k * here.stride, 16);
-      },
-      [&](int k) {
-        sums.template add<silu_follows>(channels, PackPair<Stored, kVector>{kept_x[k], kept_grad_y[k]});
-      });
+  ColumnSums<T, kVector, false> sums;
+  await_stages(here.vectors, [&](int k) {
+    sums.template add<silu_follows>(channels, PackPair<Stored, kVector>{kept_x[k], kept_grad_y[k]});
+  });
   reduce_sums(cut, here, sums, table, entries,
               [&](int group, const GradientSums<T>& of_group) { parts[group] = of_group; });
   cluster.arrive();
@@ -899,7 +908,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   cluster.wait();
 }
 
-// ---- The host's side.
+// The host's side.
 
 template <int kValue>
 using Constant = std::integral_constant<int, kValue>;
@@ -1033,8 +1042,8 @@ int64_t group_norm_silu_workspace(const Problem& problem, Pass pass) {
     for (int vector : {1, kVectorOf<Stored>}) {
       if (vector > 1 && !fits_vectors(p, vector)) continue;
       const Cut cut = cut_of<Stored>(p, vector);
-      elements = std::max(elements, pass == Pass::forward ? p.batch * p.groups * cut.parts() * 2
-                                                          : BackwardWorkspace(p, cut, pass == Pass::backward_per_channel).end);
+      const BackwardWorkspace backward(p, cut, pass == Pass::backward_per_channel);
+      elements = std::max(elements, pass == Pass::forward ? backward.gradients : backward.end);
     }
   });
   return elements;

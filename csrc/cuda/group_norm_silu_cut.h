@@ -15,9 +15,9 @@ namespace rftcore::cuda {
 
 constexpr int kThreads = 256;
 
-// Where channels are neighbours, a block takes a chunk of positions of a tile of channels: whole groups, or where one is
-// too large a piece of one. Where a channel's positions are neighbours, a team of lanes takes a chunk of these, and each
-// channel is a piece of its group.
+// Where channels are neighbours, a block takes a chunk of positions of a tile of channels: whole groups, or where one
+// is too large a piece of one. Where a channel's positions are neighbours, a team of lanes takes a chunk of these, and
+// each channel is a piece of its group.
 // 32 bits: a GPU takes long for a division of 64.
 struct Cut {
   int channels, per_group, positions;  // of a sample

@@ -218,7 +218,9 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor)
   if (a.guided) store<whole>(grad_positive, a.grad_output, run, a.batch * a.elements);
 }
 
-int64_t elements_of_run(const Problem& p) { return p.sample_dtype == 0 || p.output_dtype == 0 ? kRun<double> : kRun<float>; }
+int64_t elements_of_run(const Problem& p) {
+  return p.sample_dtype == 0 || p.output_dtype == 0 ? kRun<double> : kRun<float>;
+}
 
 // Calls function(sample, output, whole) with values of the storage types, and std::bool_constant.
 template <class Function>

@@ -19,7 +19,7 @@ def nan_filled(monkeypatch):
 
 @pytest.fixture(params=["reference", "cpu", *EMULATED, "cuda"])
 def backend(request, monkeypatch):
-    """The name of a backend, made to serve what a test allocates: on a GPU where there is one, and emulated on a CPU."""
+    """The name of a backend, made to serve what a test allocates: on a GPU where there is one, else emulated."""
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("no GPU")

@@ -10,7 +10,7 @@ from itertools import product
 import emulated_cuda
 import pytest
 import torch
-from checks import EMULATED, laid_out, relative_error, value_and_gradients
+from checks import DTYPES, EMULATED, assert_as_good_as, laid_out, relative_error, value_and_gradients
 from test_group_norm_silu import make_inputs, ours, stock
 from test_sampler_step import make_coefficients
 
@@ -18,7 +18,7 @@ from rftcore import build
 from rftcore.ops import sampler_step
 
 # (shape, groups, compute capability, launches of the forward and of the backward to x alone, blocks in a cluster).
-# A tile of one row is at least 64 bytes, 8 KiB a block are spread over a cluster, and without clusters a tile is 32 KiB.
+# Rows of a tile are at least 64 bytes; more than 8 KiB are spread over a cluster, and 32 KiB are the most without one.
 WAYS = {
     "one block keeps a tile": ((2, 32, 5, 7), 4, 90, 1, 1, 1),
     "a cluster keeps a tile": ((2, 32, 19, 17), 4, 90, 1, 1, 4),
@@ -34,7 +34,7 @@ WAYS = {
 
 
 def only_x(inputs):
-    return [inputs[0], *(t.detach() for t in inputs[1:])]
+    return [inputs[0].detach().requires_grad_(), *(t.detach() for t in inputs[1:])]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -51,6 +51,19 @@ def test_every_way_through_group_norm_silu_is_exact(way, activation, monkeypatch
         assert (emulation.launches, emulation.largest_cluster) == (launches, cluster)
         for a, b in zip(mine, value_and_gradients(stock(groups, activation), tensors, grad), strict=True):
             assert relative_error(a, b) < 1e-12
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:])
+@pytest.mark.parametrize(("shape", "capability"), [((2, 64, 21, 20), 90), ((2, 64, 21, 20), 80), ((1, 64, 7, 5), 90)])
+@pytest.mark.parametrize("mean", [0, 30])
+def test_x_alone_in_low_precision_is_as_good_as_pytorch(dtype, shape, capability, mean, monkeypatch):
+    emulated_cuda.serve(monkeypatch, capability)
+    inputs = only_x(make_inputs(shape, dtype, "channels_last"))
+    inputs[0] = (inputs[0].detach() + mean).requires_grad_()
+    grad = laid_out(torch.randn(shape), "channels_last").to(dtype)
+    mine = value_and_gradients(ours(8, backend="cuda"), inputs, grad)
+    exact = value_and_gradients(stock(8), only_x([t.detach().double() for t in inputs]), grad.double())
+    assert_as_good_as(value_and_gradients(stock(8), inputs, grad), mine, exact)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -1,7 +1,7 @@
 """GroupNorm of a ResNet: the time embedding before it, scale and shift and SiLU after it, and the backward."""
 
 import math
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -189,24 +189,22 @@ def _problem(x, num_groups, silu, *vectors):
 _PASSES = {"forward": 0, "backward": 1, "backward_per_channel": 2}
 
 
-@cache
+@lru_cache(maxsize=4096)
 def _workspace_elements(module, *sizes) -> int:
     return module.group_norm_silu_workspace(*sizes)
 
 
 def _workspace(x, problem, purpose):
-    """What the compiled function asks for, uninitialised; `problem` as `_problem` gives it."""
+    """What the compiled function asks for, uninitialised, None where that is nothing; `problem` as `_problem` gives it."""
     elements = _workspace_elements(compiled.module(x.device), *problem[:6], _PASSES[purpose])
-    return x.new_empty(elements, dtype=compiled.maths_dtype(x))
+    return x.new_empty(elements, dtype=compiled.maths_dtype(x)) if elements else None
 
 
 def _launch_forward(x, weight, bias, channel_bias, scale, shift, num_groups, eps, silu):
     outputs = _forward_outputs(x, weight, bias, channel_bias, scale, shift, num_groups, eps, silu)
     problem, held = _problem(x, num_groups, silu, weight, bias, channel_bias, scale, shift)
     workspace = _workspace(x, problem, "forward")
-    compiled.launch(
-        "group_norm_silu_forward", x.device, *problem, eps, *map(compiled.address, outputs), workspace.data_ptr()
-    )
+    compiled.launch("group_norm_silu_forward", x.device, *problem, eps, *map(compiled.address, (*outputs, workspace)))
     return outputs
 
 
@@ -223,7 +221,7 @@ def _launch_backward(
     others = (grad if needed else None for grad, needed in zip(others, needs, strict=True))
     compiled.launch(
         "group_norm_silu_backward", x.device, *problem, mean.data_ptr(), inverse_deviation.data_ptr(),
-        grad_y.data_ptr(), grad_x.data_ptr(), *map(compiled.vector, others), workspace.data_ptr(),
+        grad_y.data_ptr(), grad_x.data_ptr(), *map(compiled.vector, others), compiled.address(workspace),
     )  # fmt: skip
     return outputs
 
