@@ -9,8 +9,9 @@ template <class T>
 RFTCORE_HOST_DEVICE T sigmoid(T x) {
 #if defined(__CUDA_ARCH__)
   if constexpr (sizeof(T) == sizeof(float)) {
-    // Four instructions, within 1e-6 of each value from -80 on, where the polynomial and an IEEE division take thirty:
-    // more than a GPU has time for while it waits for memory.
+    // Four instructions where the polynomial and an IEEE division take thirty, more than a GPU has time for while it
+    // waits for memory. By the units' documented errors the relative error is below 5e-7 + 6e-8 |x|, and 0 is returned
+    // below -87.
     float power, quotient;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * -1.44269504f));
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(quotient) : "f"(1.0f + power));
