@@ -86,7 +86,7 @@ class StripConfig:
 
 
 def shrink_heuristic(itemsize: int) -> ShrinkConfig:
-    """By the adapters' itemsize. Bound by reading x: few rows a program, so that many are in flight; the second pass finds them in a cache."""
+    """By the adapters' itemsize. Few rows a program, so that many are in flight: it is bound by reading x."""
     return ShrinkConfig(32, 64) if itemsize == 2 else ShrinkConfig(32, 32, num_stages=2)
 
 

@@ -2,9 +2,14 @@
 
 import math
 
+import pytest
 import torch
 
 BACKENDS = ["reference", "cpu"]
+# The compute capabilities of devices that are emulated: 9.0 has clusters.
+EMULATED = {"cuda on sm_80": 80, "cuda on sm_90": 90}
+# For tests of ops with CUDA kernels, whose fixture `backend` takes the reference as well.
+COMPILED = pytest.mark.parametrize("backend", ["cpu", *EMULATED, "cuda"], indirect=True)
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed"]
 

@@ -23,10 +23,11 @@ struct Problem {
   RFTCORE_HOST_DEVICE int64_t channels_per_group() const { return channels / groups; }
 };
 
-// mean, inverse_deviation: (batch, groups), in the maths type, of x + channel_bias.
+// mean, inverse_deviation: (batch, groups), in the maths type, of x + channel_bias. workspace: so many elements of the
+// maths type, of any value, as the device asks for.
 struct Forward : Problem {
   double eps;
-  void *y, *mean, *inverse_deviation;
+  void *y, *mean, *inverse_deviation, *workspace;
 };
 
 // Gradients are null where not needed, but grad_x.
@@ -34,7 +35,16 @@ struct Backward : Problem {
   const void *mean, *inverse_deviation, *grad_y;
   void* grad_x;
   Vector grad_weight, grad_bias, grad_channel_bias, grad_scale, grad_shift;
+  void* workspace;
+
+  // Whether a gradient other than that of x is needed.
+  RFTCORE_HOST_DEVICE bool per_channel() const {
+    return grad_weight || grad_bias || grad_channel_bias || grad_scale || grad_shift;
+  }
 };
+
+// What a workspace is for; rftcore/ops has the same codes.
+enum class Pass : int { forward = 0, backward = 1, backward_per_channel = 2 };
 
 // One channel of one sample: y = activation((x - center) * gain + offset).
 template <class T>
@@ -42,15 +52,20 @@ struct Channel {
   T center, gain, offset;
 };
 
+// From its group's statistics.
+template <class T>
+RFTCORE_HOST_DEVICE Channel<T> channel_of(const Problem& p, T mean, T inverse_deviation, int64_t sample, int64_t c) {
+  const int64_t index = sample * p.channels + c;
+  const T factor = T(1) + p.scale.get(index, T(0));
+  return {mean - p.channel_bias.get(index, T(0)), inverse_deviation * p.weight.get(c, T(1)) * factor,
+          p.bias.get(c, T(0)) * factor + p.shift.get(index, T(0))};
+}
+
 template <class T>
 RFTCORE_HOST_DEVICE Channel<T> channel_at(const Problem& p, const void* mean, const void* inverse_deviation,
                                           int64_t sample, int64_t c) {
   const int64_t group = sample * p.groups + c / p.channels_per_group();
-  const int64_t index = sample * p.channels + c;
-  const T factor = T(1) + p.scale.get(index, T(0));
-  return {static_cast<const T*>(mean)[group] - p.channel_bias.get(index, T(0)),
-          static_cast<const T*>(inverse_deviation)[group] * p.weight.get(c, T(1)) * factor,
-          p.bias.get(c, T(0)) * factor + p.shift.get(index, T(0))};
+  return channel_of(p, static_cast<const T*>(mean)[group], static_cast<const T*>(inverse_deviation)[group], sample, c);
 }
 
 // The activation is a template argument, so that a loop over elements has no branch.
@@ -116,19 +131,22 @@ RFTCORE_HOST_DEVICE void modulation_gradients(const Backward& a, const ChannelSu
                                        group.constant * double(a.positions) + group.slope * sums.d);
 }
 
-// Writes the gradients of weight and bias of one channel; `sums` are those of every channel of every sample.
-template <class T>
-RFTCORE_HOST_DEVICE void affine_gradients(const Backward& a, const ChannelSums* sums, int64_t c) {
+// Gradients of weight and bias of one channel, added up over samples.
+struct AffineGradients {
   double weight = 0, bias = 0;
-  for (int64_t sample = 0; sample < a.batch; ++sample) {
-    const int64_t index = sample * a.channels + c;
-    const double factor = 1.0 + a.scale.get(index, 0.0);
-    weight += factor * sums[index].gd *
+
+  template <class T>
+  RFTCORE_HOST_DEVICE void add(const Backward& a, const ChannelSums& sums, int64_t sample, int64_t c) {
+    const double factor = 1.0 + a.scale.get(sample * a.channels + c, 0.0);
+    weight += factor * sums.gd *
               static_cast<const T*>(a.inverse_deviation)[sample * a.groups + c / a.channels_per_group()];
-    bias += factor * sums[index].g;
+    bias += factor * sums.g;
   }
-  if (a.grad_weight) a.grad_weight.set(c, weight);
-  if (a.grad_bias) a.grad_bias.set(c, bias);
-}
+
+  RFTCORE_HOST_DEVICE void write(const Backward& a, int64_t c) const {
+    if (a.grad_weight) a.grad_weight.set(c, weight);
+    if (a.grad_bias) a.grad_bias.set(c, bias);
+  }
+};
 
 }  // namespace rftcore::group_norm_silu

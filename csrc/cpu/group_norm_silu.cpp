@@ -479,7 +479,11 @@ void backward_as(const Backward& a, int64_t threads) {
     });
   }
   if (a.grad_weight || a.grad_bias)
-    for (int64_t c = 0; c < a.channels; ++c) affine_gradients<T>(a, sums.data(), c);
+    for (int64_t c = 0; c < a.channels; ++c) {
+      AffineGradients affine;
+      for (int64_t sample = 0; sample < a.batch; ++sample) affine.add<T>(a, sums[sample * a.channels + c], sample, c);
+      affine.write(a, c);
+    }
 }
 
 }  // namespace
@@ -495,5 +499,7 @@ void group_norm_silu_backward(const Backward& arguments, int64_t threads) {
     backward_as<decltype(stored), maths_type<decltype(stored), decltype(stored)>>(arguments, threads);
   });
 }
+
+int64_t group_norm_silu_workspace(const Problem&, Pass) { return 0; }
 
 }  // namespace rftcore::cpu

@@ -25,7 +25,8 @@ PYBIND11_MODULE(_cpu, module) {
   });
   rftcore::geglu::bind<int64_t>(module, rftcore::cpu::geglu_forward, rftcore::cpu::geglu_backward);
   rftcore::group_norm_silu::bind<int64_t>(module, rftcore::cpu::group_norm_silu_forward,
-                                          rftcore::cpu::group_norm_silu_backward);
+                                          rftcore::cpu::group_norm_silu_backward,
+                                          rftcore::cpu::group_norm_silu_workspace);
   rftcore::layer_norm::bind<int64_t>(module, rftcore::cpu::layer_norm_forward, rftcore::cpu::layer_norm_backward);
   rftcore::lora_linear::bind<int64_t>(module, rftcore::cpu::lora_add, rftcore::cpu::lora_grads);
   rftcore::sampler_step::bind<int64_t>(module, rftcore::cpu::sampler_step_forward, rftcore::cpu::sampler_step_backward);

@@ -1,7 +1,9 @@
 // rftcore._cuda. Importing it needs no driver: the runtime is linked in and touches the GPU on the first launch.
 #include <pybind11/pybind11.h>
 
+#include "../common/group_norm_silu_binding.h"
 #include "../common/sampler_step_binding.h"
+#include "group_norm_silu.h"
 #include "sampler_step.h"
 
 PYBIND11_MODULE(_cuda, module) {
@@ -13,6 +15,9 @@ PYBIND11_MODULE(_cuda, module) {
     info["architectures"] = RFTCORE_CUDA_ARCHITECTURES;
     return info;
   });
+  rftcore::group_norm_silu::bind<uintptr_t>(module, rftcore::cuda::group_norm_silu_forward,
+                                            rftcore::cuda::group_norm_silu_backward,
+                                            rftcore::cuda::group_norm_silu_workspace);
   rftcore::sampler_step::bind<uintptr_t>(module, rftcore::cuda::sampler_step_forward,
                                          rftcore::cuda::sampler_step_backward);
 }

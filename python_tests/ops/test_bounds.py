@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from checks import DTYPES, assert_as_good_as, laid_out, relative_error, value_and_gradients
+from checks import COMPILED, DTYPES, assert_as_good_as, laid_out, relative_error, value_and_gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
@@ -68,9 +68,10 @@ GROUP_NORMS = st.tuples(
 ).filter(lambda case: 8 < math.prod(case[:3]) * math.prod(case[3]) < 200_000)
 
 
+@COMPILED
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_group_norm_silu(dtype, layout, guarded):
+def test_group_norm_silu(backend, dtype, layout, guarded):
     @settings(max_examples=25, deadline=None, derandomize=True, database=None)
     @given(case=GROUP_NORMS, seed=st.integers(0, 99))
     def check(case, seed):
@@ -83,7 +84,7 @@ def test_group_norm_silu(dtype, layout, guarded):
         grad = among_nan(laid_out(torch.randn(x.shape, dtype=torch.float64), layout).to(dtype)).detach()
 
         def ours(x, weight, bias, channel_bias, *scale_shift):
-            options = {"channel_bias": channel_bias, "scale_shift": scale_shift, "backend": "cpu"}
+            options = {"channel_bias": channel_bias, "scale_shift": scale_shift, "backend": backend}
             return group_norm_silu(x, weight, bias, groups, EPS, **options)
 
         def stock(x, weight, bias, *modulation):

@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 import torch
 from checks import (
-    BACKENDS,
+    COMPILED,
     DTYPES,
     LAYOUTS,
     assert_as_good_as,
@@ -21,7 +21,14 @@ from rftcore.ops import group_norm_silu
 from rftcore.ops.backends import OPS
 
 # Odd sizes, a size of 1, more than a strip and more than a tile, any number of spatial dimensions.
-CASES = [((2, 6), 3), ((3, 6, 1), 2), ((2, 40, 5, 7), 8), ((1, 48, 67, 71), 4), ((2, 32, 3, 4, 5), 32), ((2, 5, 9, 3), 1)]
+CASES = [
+    ((2, 6), 3),
+    ((3, 6, 1), 2),
+    ((2, 40, 5, 7), 8),
+    ((1, 12, 67, 71), 4),
+    ((2, 32, 3, 4, 5), 32),
+    ((2, 5, 9, 3), 1),
+]
 EPS = 1e-5
 
 
@@ -62,14 +69,13 @@ def stock(groups, activation="silu"):
     return function
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("activation", ["silu", None])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_results_and_gradients_are_exact_in_fp64(backend, activation, layout, nan_filled):
     for (shape, groups), modulated in product(CASES, (True, False)):
         inputs = make_inputs(shape, layout=layout, modulated=modulated)
         grads = [torch.randn(shape, dtype=torch.float64), torch.tensor(1.5, dtype=torch.float64).expand(shape)]
-        assert OPS["group_norm_silu"].choose("auto", inputs[0]) == "cpu"
+        assert backend in (OPS["group_norm_silu"].choose("auto", inputs[0]), "reference")
         for grad in [*(laid_out(grads[0], other) for other in LAYOUTS), grads[1]]:
             mine = value_and_gradients(ours(groups, activation, backend), inputs, grad)
             exact = value_and_gradients(stock(groups, activation), inputs, grad)
@@ -78,7 +84,6 @@ def test_results_and_gradients_are_exact_in_fp64(backend, activation, layout, na
                 assert relative_error(a, b) < 1e-12 or (a - b).abs().max() < 1e-12
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_memory_format_follows_x(backend, layout):
     for shape, groups in CASES:
@@ -92,14 +97,15 @@ def test_memory_format_follows_x(backend, layout):
             assert grad.stride() == expected
 
 
+@COMPILED
 @pytest.mark.parametrize("dtype", DTYPES[1:])
 @pytest.mark.parametrize("vectors", [None, torch.float32])
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_low_precision_is_as_good_as_pytorch(dtype, vectors, layout):
+def test_low_precision_is_as_good_as_pytorch(backend, dtype, vectors, layout):
     inputs = make_inputs((2, 64, 17, 16), dtype, layout, vectors)
     grad = laid_out(torch.randn(inputs[0].shape), layout).to(dtype)
     wide = [t.detach().double().requires_grad_() for t in inputs]
-    mine = value_and_gradients(ours(8, backend="cpu"), inputs, grad)
+    mine = value_and_gradients(ours(8, backend=backend), inputs, grad)
     exact = value_and_gradients(stock(8), wide, grad.double())
     same = [t.detach().to(dtype).requires_grad_() for t in inputs]
     yardstick = value_and_gradients(stock(8), same, grad)
@@ -107,21 +113,24 @@ def test_low_precision_is_as_good_as_pytorch(dtype, vectors, layout):
     assert_as_good_as(yardstick, mine, exact)
 
 
+@COMPILED
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_a_large_mean_costs_no_precision(layout):
+def test_a_large_mean_costs_no_precision(backend, layout):
     x = laid_out(torch.randn(2, 32, 24, 24) + 3000, layout)
     weight, bias = torch.ones(32), torch.zeros(32)
     exact = stock(4)(x.double(), weight.double(), bias.double(), None, None, None)
-    mine, yardstick = ours(4, backend="cpu")(x, weight, bias, None, None, None), stock(4)(x, weight, bias, *[None] * 3)
+    mine = ours(4, backend=backend)(x, weight, bias, None, None, None)
+    yardstick = stock(4)(x, weight, bias, *[None] * 3)
     # Neighbouring fp32 numbers are 2.4e-4 apart at 3000.
     assert relative_error(mine, exact) < min(2 * relative_error(yardstick, exact), 5e-4)
 
 
-def test_silu_far_from_zero():
+@COMPILED
+def test_silu_far_from_zero(backend):
     """Its gradient is taken at the affined value, and its exponential neither overflows nor loses infinities."""
     shift = torch.tensor([[-1e4, -104.0, -88.0, -20.0, 20.0, 88.0, 1e4, float("nan")]], requires_grad=True)
     x, zero = torch.randn(1, 8, 6), torch.zeros(1, 8)
-    y = group_norm_silu(x, None, None, 8, EPS, scale_shift=(zero - 1, shift), backend="cpu")
+    y = group_norm_silu(x, None, None, 8, EPS, scale_shift=(zero - 1, shift), backend=backend)
     expected = F.silu(shift.detach().double()).float()[..., None].expand_as(y)
     torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-35, equal_nan=True)
     y.sum().backward()
@@ -130,7 +139,6 @@ def test_silu_far_from_zero():
     torch.testing.assert_close(shift.grad, 6 * wide.grad.float(), rtol=1e-5, atol=1e-30, equal_nan=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 def test_gradcheck(backend, layout):
     inputs = make_inputs((2, 6, 3, 2), layout=layout)
@@ -138,21 +146,24 @@ def test_gradcheck(backend, layout):
     assert torch.autograd.gradcheck(ours(3, None, backend), inputs)
 
 
+@COMPILED
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_each_gradient_alone_and_nothing_for_frozen_weights(layout):
+def test_each_gradient_alone_and_nothing_for_frozen_weights(backend, layout):
     inputs = make_inputs((2, 20, 6, 5), layout=layout)
     grad = torch.randn(inputs[0].shape, dtype=torch.float64)
-    _, *together = value_and_gradients(ours(4), inputs, grad)
+    _, *together = value_and_gradients(ours(4, backend=backend), inputs, grad)
     for i, expected in enumerate(together):
         alone = [t.detach().requires_grad_(i == j) for j, t in enumerate(inputs)]
-        _, gradient = value_and_gradients(ours(4), alone, grad)
-        assert torch.equal(gradient, expected)
+        _, gradient = value_and_gradients(ours(4, backend=backend), alone, grad)
+        # On a GPU the gradient of x alone goes another way.
+        assert torch.equal(gradient, expected) or (backend == "cuda" and relative_error(gradient, expected) < 1e-12)
 
 
-def test_only_inputs_and_statistics_are_saved():
+@COMPILED
+def test_only_inputs_and_statistics_are_saved(backend):
     inputs = make_inputs((2, 64, 32, 32), torch.float32)
     own = {t.data_ptr() for t in inputs}
-    others = [t for t in saved_by(ours(8), *inputs) if t.data_ptr() not in own]
+    others = [t for t in saved_by(ours(8, backend=backend), *inputs) if t.data_ptr() not in own]
     assert [(tuple(t.shape), t.dtype) for t in others] == 2 * [((2, 8), torch.float32)]
 
 
@@ -163,7 +174,6 @@ def test_a_second_derivative_is_an_error_in_words():
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("shape", [(0, 8, 3, 3), (2, 8, 0, 3), (2, 8, 0)])
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
 def test_empty_inputs(backend, shape, layout):
@@ -174,7 +184,7 @@ def test_empty_inputs(backend, shape, layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[:2])
-def test_results_depend_neither_on_threads_nor_on_the_batch(layout):
+def test_results_do_not_depend_on_threads(layout):
     inputs = make_inputs((3, 64, 64, 64), torch.float32, layout)
     grad = laid_out(torch.randn(inputs[0].shape), layout)
     before = torch.get_num_threads()
@@ -187,11 +197,24 @@ def test_results_depend_neither_on_threads_nor_on_the_batch(layout):
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
 
+
+@COMPILED
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS[:2])
+def test_a_sample_does_not_see_its_batch(backend, layout, frozen):
+    inputs = make_inputs((3, 64, 24, 24), torch.float32, layout)
+    if frozen:
+        inputs[1:] = [t.detach() for t in inputs[1:]]
+    grad = laid_out(torch.randn(inputs[0].shape), layout)
+    function = ours(8, backend=backend)
+    y, grad_x, *grads = value_and_gradients(function, inputs, grad)
     x, weight, bias, *more = (t.detach() for t in inputs)
-    part = [t.requires_grad_() for t in (x[1:2], weight, bias, *(m[1:2] for m in more))]
-    y, grad_x, _, _, *grads = value_and_gradients(ours(8, backend="cpu"), part, grad[1:2])
-    for mine, whole in zip((y, grad_x, *grads), (*alone[:2], *alone[4:]), strict=True):
-        assert torch.equal(mine, whole[1:2])
+    part = [t.requires_grad_(not frozen) for t in (x[1:2], weight, bias, *(m[1:2] for m in more))]
+    part[0].requires_grad_()
+    mine = value_and_gradients(function, part, grad[1:2])
+    # Neither weight's nor bias's gradient, which are sums over the batch.
+    for alone, whole in zip([*mine[:2], *mine[4:]], [y, grad_x, *grads[2:]], strict=True):
+        assert torch.equal(alone, whole[1:2])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -247,7 +270,6 @@ def test_errors_name_the_argument_and_what_is_allowed(changes, message):
     assert message in str(error.value)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_functorch_is_served_by_the_reference(backend):
     x, weight, bias, *_ = (t.detach() for t in make_inputs((3, 2, 6, 4)))
     weight, bias = torch.randn(6, dtype=x.dtype), torch.randn(6, dtype=x.dtype)

@@ -1,6 +1,7 @@
 """The way from an op to its compiled functions: definition, dtype codes, raw pointers, and why it may be closed."""
 
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -60,13 +61,22 @@ def vector(tensor: Tensor | None) -> tuple[int, int]:
     return (0, 0) if tensor is None else (tensor.data_ptr(), DTYPES[tensor.dtype])
 
 
+def module(device: torch.device) -> ModuleType:
+    """The compiled module that serves tensors on `device`."""
+    return build.load("_cuda" if device.type == "cuda" else "_cpu")
+
+
 def launch(name: str, device: torch.device, *arguments) -> None:
     """Calls the compiled function `name` of the device's module with its stream, or its number of threads."""
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            getattr(build.load("_cuda"), name)(*arguments, torch.cuda.current_stream().cuda_stream)
+    function = getattr(module(device), name)
+    if device.type != "cuda":
+        function(*arguments, torch.get_num_threads())
+    elif device.index == torch.cuda.current_device():
+        # What torch.cuda.current_stream() wraps in an object.
+        function(*arguments, torch._C._cuda_getCurrentRawStream(device.index))
     else:
-        getattr(build.load("_cpu"), name)(*arguments, torch.get_num_threads())
+        with torch.cuda.device(device):
+            function(*arguments, torch._C._cuda_getCurrentRawStream(device.index))
 
 
 def reasons(module: str, device_type: str, argument: str) -> Callable[..., list[str]]:

@@ -1,6 +1,7 @@
 """GroupNorm of a ResNet: the time embedding before it, scale and shift and SiLU after it, and the backward."""
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ def group_norm_silu(
         channel_bias: (N, C), added before the norm. None: 0.
         scale_shift: scale and shift, (N, C) each. None: 0 and 0.
         activation: "silu" or None.
-        backend: "auto", "cpu" or "reference".
+        backend: "auto", "cpu", "cuda" or "reference".
 
     Shapes: (N, C, ...), like x.
     Raises: ValueError for inputs that do not fit; RuntimeError where `backend` cannot serve them.
@@ -84,9 +85,9 @@ def group_norm_silu_forward(x, weight, bias, channel_bias, scale, shift, num_gro
     """
     _check(x, weight, bias, num_groups, channel_bias, scale, shift, "silu" if silu else None)
     inputs = (x, weight, bias, channel_bias, scale, shift, num_groups, eps, silu)
-    if backend == "cpu":
-        return _forward(*inputs)
-    return group_norm_silu_reference(*inputs), x.new_empty(0), x.new_empty(0)
+    if backend == "reference":
+        return group_norm_silu_reference(*inputs), x.new_empty(0), x.new_empty(0)
+    return _forward(*inputs)
 
 
 @torch.no_grad()
@@ -96,12 +97,20 @@ def group_norm_silu_backward(
     """Gradients of the six tensors x to shift, None where not needed; arguments as the forward had and gave them."""
     tensors = (x, weight, bias, channel_bias, scale, shift)
     compiled.check_gradient("group_norm_silu", grad_y, x)
-    if backend == "cpu":
-        grads = _backward(grad_y, *tensors, mean, inverse_deviation, num_groups, silu, list(needs[1:]))
-        return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
-    return compiled.differentiate(
-        lambda *t: group_norm_silu_reference(*t, num_groups, eps, silu), tensors, needs, grad_y
-    )
+    if backend == "reference":
+        return compiled.differentiate(
+            lambda *t: group_norm_silu_reference(*t, num_groups, eps, silu), tensors, needs, grad_y
+        )
+    grads = _backward(grad_y, *tensors, mean, inverse_deviation, num_groups, silu, list(needs[1:]))
+    return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+
+
+def bytes_moved(x: Tensor, backward: bool = False) -> int:
+    """What a pass over x has to move: it reads x and writes y, or reads x and grad_y and writes grad_x.
+
+    Units: bytes. Vectors, some values per channel, are not counted, and neither is what a second pass reads again.
+    """
+    return (3 if backward else 2) * x.numel() * x.element_size()
 
 
 class _GroupNormSiLU(torch.autograd.Function):
@@ -134,7 +143,11 @@ class _GroupNormSiLUBackward(torch.autograd.Function):
 
 
 def _is_channels_last(x: Tensor) -> bool:
-    return not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    if x.is_contiguous():
+        return False
+    if x.dim() == 4:  # the same, in a third of the time
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).is_contiguous()
 
 
 def _dense(x: Tensor, channels_last: bool) -> Tensor:
@@ -172,10 +185,26 @@ def _problem(x, num_groups, silu, *vectors):
     return arguments, (x, vectors)
 
 
+# Codes shared with csrc/common.
+_PASSES = {"forward": 0, "backward": 1, "backward_per_channel": 2}
+
+
+@lru_cache(maxsize=4096)
+def _workspace_elements(module, *sizes) -> int:
+    return module.group_norm_silu_workspace(*sizes)
+
+
+def _workspace(x, problem, purpose):
+    """What the compiled function asks for, uninitialised, None where that is nothing; `problem` as `_problem` gives it."""
+    elements = _workspace_elements(compiled.module(x.device), *problem[:6], _PASSES[purpose])
+    return x.new_empty(elements, dtype=compiled.maths_dtype(x)) if elements else None
+
+
 def _launch_forward(x, weight, bias, channel_bias, scale, shift, num_groups, eps, silu):
     outputs = _forward_outputs(x, weight, bias, channel_bias, scale, shift, num_groups, eps, silu)
     problem, held = _problem(x, num_groups, silu, weight, bias, channel_bias, scale, shift)
-    compiled.launch("group_norm_silu_forward", x.device, *problem, eps, *map(compiled.address, outputs))
+    workspace = _workspace(x, problem, "forward")
+    compiled.launch("group_norm_silu_forward", x.device, *problem, eps, *map(compiled.address, (*outputs, workspace)))
     return outputs
 
 
@@ -187,11 +216,12 @@ def _launch_backward(
     )
     problem, held = _problem(x, num_groups, silu, weight, bias, channel_bias, scale, shift)
     grad_y = _dense(grad_y, _is_channels_last(x))
+    workspace = _workspace(x, problem, "backward_per_channel" if any(needs) else "backward")
     grad_x, *others = outputs
     others = (grad if needed else None for grad, needed in zip(others, needs, strict=True))
     compiled.launch(
         "group_norm_silu_backward", x.device, *problem, mean.data_ptr(), inverse_deviation.data_ptr(),
-        grad_y.data_ptr(), grad_x.data_ptr(), *map(compiled.vector, others),
+        grad_y.data_ptr(), grad_x.data_ptr(), *map(compiled.vector, others), compiled.address(workspace),
     )  # fmt: skip
     return outputs
 
@@ -199,19 +229,23 @@ def _launch_backward(
 _forward = compiled.define(
     "group_norm_silu(Tensor x, Tensor? weight, Tensor? bias, Tensor? channel_bias, Tensor? scale, Tensor? shift, "
     "int num_groups, float eps, bool silu) -> (Tensor, Tensor, Tensor)",
-    _launch_forward, _forward_outputs, ["CPU"],
+    _launch_forward, _forward_outputs, ["CPU", "CUDA"],
 )  # fmt: skip
 _backward = compiled.define(
     "group_norm_silu_backward(Tensor grad_y, Tensor x, Tensor? weight, Tensor? bias, Tensor? channel_bias, "
     "Tensor? scale, Tensor? shift, Tensor mean, Tensor inverse_deviation, int num_groups, bool silu, bool[] needs) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _launch_backward, _backward_outputs, ["CPU"],
+    _launch_backward, _backward_outputs, ["CPU", "CUDA"],
 )  # fmt: skip
 
 OP = backends.register(
     backends.Op(
         "group_norm_silu",
-        {"cpu": compiled.reasons("_cpu", "cpu", "x"), "reference": lambda x: []},
+        {
+            "cpu": compiled.reasons("_cpu", "cpu", "x"),
+            "cuda": compiled.reasons("_cuda", "cuda", "x"),
+            "reference": lambda x: [],
+        },
         lambda device, dtype: (torch.empty(2, 320, 64, 64, device=device, dtype=dtype),),
     )
 )

@@ -1,0 +1,471 @@
+// As much of CUDA as the kernels of csrc/cuda use, executed on the CPU: their sources are compiled as C++ with this
+// folder first on the include path. Every thread is a fiber; barriers, shuffles, clusters and asynchronous copies hold
+// to CUDA's rules and say which one was broken; blocks and threads run in an order drawn anew for every launch, and
+// shared memory is NaN before a block has written it.
+#pragma once
+
+#include <setjmp.h>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __host__
+#define __grid_constant__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+
+struct uint3 {
+  unsigned x, y, z;
+};
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+namespace emulation {
+
+constexpr int kWarp = 32;
+constexpr size_t kStack = 1 << 16;
+constexpr size_t kCanary = 256;
+constexpr unsigned char kCanaryByte = 0xab, kGarbage = 0xff;  // 0xff...: NaN in every floating-point type
+
+enum class State { ready, at_block, at_warp, at_cluster, done };
+
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes;
+};
+
+struct Block;
+
+struct Thread {
+  uint3 index = {};
+  Block* block = nullptr;
+  int lane = 0, warp = 0;
+  State state = State::done;
+  unsigned mask = 0;
+  // What the lane offers to a shuffle. Two places: a lane may be one shuffle ahead of another that has yet to read.
+  uint64_t offered[2] = {};
+  int turn = 0;
+  uint64_t cluster_phase = 0;  // that it arrived for
+  bool cluster_arrived = false;
+  std::vector<Copy> open;
+  std::deque<std::vector<Copy>> committed;
+
+  ucontext_t start;
+  jmp_buf here;
+  bool started = false;
+  void* stack = nullptr;
+};
+
+struct Block {
+  uint3 index = {};
+  int rank = 0;
+  std::vector<Thread*> threads;
+  std::vector<unsigned char> memory;
+  unsigned char* shared = nullptr;
+  size_t shared_bytes = 0;
+  int at_barrier = 0, done = 0;
+};
+
+struct Machine {
+  std::vector<std::unique_ptr<Thread>> threads;  // kept from block to block, with their stacks
+  std::vector<Block> blocks;                     // of the running cluster
+  dim3 grid, block;
+  std::function<void()> kernel;
+  Thread* current = nullptr;
+  jmp_buf scheduler;
+  std::vector<Thread*> ready;
+  uint64_t cluster_phase = 0;
+  int cluster_arrived = 0;
+  std::string error;
+
+  int capability = 90;
+  std::mt19937 random{0};
+  std::map<const void*, int> shared_allowed;
+  int launches = 0, largest_cluster = 0;
+  std::recursive_mutex mutex;
+};
+
+inline Machine& machine() {
+  static Machine* const instance = new Machine;
+  return *instance;
+}
+
+inline void fail(const std::string& what) {
+  Machine& m = machine();
+  if (m.error.empty()) m.error = what;
+}
+
+// Back to the scheduler, until that picks this thread again.
+inline void yield() {
+  Machine& m = machine();
+  if (_setjmp(m.current->here) == 0) _longjmp(m.scheduler, 1);
+}
+
+inline void fiber() {
+  for (;;) {
+    machine().kernel();
+    Machine& m = machine();
+    Thread& t = *m.current;
+    if (!t.open.empty() || !t.committed.empty()) fail("a thread ended with asynchronous copies it did not wait for");
+    if (t.cluster_arrived) fail("a thread arrived at a cluster barrier and did not wait");
+    t.state = State::done;
+    ++t.block->done;
+    yield();
+  }
+}
+
+// Runs `thread` until it waits or ends.
+inline void run(Thread& thread) {
+  Machine& m = machine();
+  m.current = &thread;
+  if (_setjmp(m.scheduler) == 0) {
+    if (thread.started) _longjmp(thread.here, 1);
+    thread.started = true;
+    getcontext(&thread.start);
+    thread.start.uc_stack.ss_sp = thread.stack;
+    thread.start.uc_stack.ss_size = kStack;
+    thread.start.uc_link = nullptr;
+    makecontext(&thread.start, fiber, 0);
+    setcontext(&thread.start);
+  }
+}
+
+inline void wake(Thread* thread) {
+  thread->state = State::ready;
+  machine().ready.push_back(thread);
+}
+
+inline void sync_block() {
+  Machine& m = machine();
+  Block& block = *m.current->block;
+  m.current->state = State::at_block;
+  if (++block.at_barrier == int(block.threads.size())) {
+    block.at_barrier = 0;
+    for (Thread* t : block.threads) wake(t);
+  }
+  yield();
+}
+
+inline void sync_warp(unsigned mask) {
+  Machine& m = machine();
+  Thread& self = *m.current;
+  if (!(mask >> self.lane & 1u)) fail("a lane is not in the mask of its own warp-wide operation");
+  self.state = State::at_warp;
+  self.mask = mask;
+  unsigned there = 0;
+  const size_t first = size_t(self.warp) * kWarp;
+  auto& threads = self.block->threads;
+  for (size_t i = first; i < std::min(first + kWarp, threads.size()); ++i)
+    if (threads[i]->state == State::at_warp) {
+      if (threads[i]->mask != mask) fail("lanes of a warp wait with different masks");
+      there |= 1u << (i - first);
+    }
+  if ((there & mask) == mask)
+    for (size_t i = first; i < std::min(first + kWarp, threads.size()); ++i)
+      if (mask >> (i - first) & 1u) wake(threads[i]);
+  yield();
+}
+
+template <class T>
+T exchange(unsigned mask, T value, int source) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  Thread& self = *machine().current;
+  const int turn = self.turn;
+  memcpy(&self.offered[turn], &value, sizeof value);
+  self.turn = 1 - turn;
+  sync_warp(mask);
+  if (source < 0 || source >= kWarp || !(mask >> source & 1u)) {
+    fail("a shuffle reads a lane outside its mask");
+    return value;
+  }
+  memcpy(&value, &self.block->threads[self.warp * kWarp + source]->offered[turn], sizeof value);
+  return value;
+}
+
+inline int cluster_threads() {
+  int count = 0;
+  for (Block& block : machine().blocks) count += int(block.threads.size());
+  return count;
+}
+
+inline void cluster_arrive() {
+  Machine& m = machine();
+  Thread& t = *m.current;
+  if (t.cluster_arrived) fail("a thread arrived twice at a cluster barrier");
+  t.cluster_arrived = true;
+  t.cluster_phase = m.cluster_phase;
+  if (++m.cluster_arrived == cluster_threads()) {
+    m.cluster_arrived = 0;
+    ++m.cluster_phase;
+    for (Block& block : m.blocks)
+      for (Thread* each : block.threads)
+        if (each->state == State::at_cluster) wake(each);
+  }
+}
+
+inline void cluster_wait() {
+  Machine& m = machine();
+  Thread& t = *m.current;
+  if (!t.cluster_arrived) fail("a thread waits at a cluster barrier it did not arrive at");
+  while (t.cluster_phase == m.cluster_phase) {
+    t.state = State::at_cluster;
+    yield();
+  }
+  t.cluster_arrived = false;
+}
+
+inline unsigned char* shared_memory() { return machine().current->block->shared; }
+
+template <class T>
+const T* of_rank(const T* address, int rank) {
+  Machine& m = machine();
+  const Block& own = *m.current->block;
+  const ptrdiff_t offset = reinterpret_cast<const unsigned char*>(address) - own.shared;
+  if (rank < 0 || rank >= int(m.blocks.size()) || offset < 0 || size_t(offset) >= own.shared_bytes) {
+    fail("an address of another block's shared memory is out of range");
+    return address;
+  }
+  const Block& other = m.blocks[rank];
+  if (other.done == int(other.threads.size())) fail("the shared memory of a block that has ended was read");
+  return reinterpret_cast<const T*>(other.shared + offset);
+}
+
+inline void copy_async(void* to, const void* from, size_t bytes) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % bytes)
+    fail("an asynchronous copy is not aligned");
+  machine().current->open.push_back({to, from, bytes});
+}
+
+inline void commit() {
+  Thread& t = *machine().current;
+  t.committed.push_back(std::move(t.open));
+  t.open.clear();
+}
+
+// Copies happen as late as they may.
+inline void wait_prior(size_t groups) {
+  Thread& t = *machine().current;
+  for (; t.committed.size() > groups; t.committed.pop_front())
+    for (const Copy& copy : t.committed.front()) memcpy(copy.to, copy.from, copy.bytes);
+}
+
+inline Thread* fresh_thread(size_t number) {
+  Machine& m = machine();
+  while (m.threads.size() <= number) {
+    m.threads.push_back(std::make_unique<Thread>());
+    m.threads.back()->stack =
+        mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (m.threads.back()->stack == MAP_FAILED) throw std::bad_alloc();
+  }
+  return m.threads[number].get();
+}
+
+// The blocks from `first` on that share a cluster.
+inline void run_cluster(int64_t first, int size, int threads, size_t shared_bytes) {
+  Machine& m = machine();
+  m.blocks.resize(size);
+  m.cluster_arrived = 0;
+  m.ready.clear();
+  for (int rank = 0; rank < size; ++rank) {
+    Block& block = m.blocks[rank];
+    block.index = {unsigned(first + rank), 0, 0};
+    block.rank = rank;
+    block.at_barrier = block.done = 0;
+    block.memory.assign(shared_bytes + 2 * kCanary + 128, kCanaryByte);
+    const uintptr_t begin = (reinterpret_cast<uintptr_t>(block.memory.data()) + kCanary + 127) / 128 * 128;
+    block.shared = reinterpret_cast<unsigned char*>(begin);
+    block.shared_bytes = shared_bytes;
+    memset(block.shared, kGarbage, shared_bytes);
+    block.threads.resize(threads);
+    for (int i = 0; i < threads; ++i) {
+      Thread* t = block.threads[i] = fresh_thread(size_t(rank) * threads + i);
+      t->index = {unsigned(i), 0, 0};
+      t->block = &block;
+      t->lane = i % kWarp;
+      t->warp = i / kWarp;
+      t->turn = 0;
+      t->cluster_arrived = false;
+      wake(t);
+    }
+  }
+  while (!m.ready.empty() && m.error.empty()) {
+    std::swap(m.ready[m.random() % m.ready.size()], m.ready.back());
+    Thread* const next = m.ready.back();
+    m.ready.pop_back();
+    run(*next);
+  }
+  int counts[5] = {};
+  for (Block& block : m.blocks) {
+    for (Thread* t : block.threads) ++counts[int(t->state)];
+    for (size_t i = 0; i < block.memory.size(); ++i) {
+      const unsigned char* const byte = block.memory.data() + i;
+      if ((byte < block.shared || byte >= block.shared + shared_bytes) && *byte != kCanaryByte)
+        fail("a block wrote beyond its shared memory");
+    }
+  }
+  if (counts[int(State::done)] != size * threads)
+    fail("a barrier that not all threads reach: " + std::to_string(counts[1]) + " wait for their block, " +
+         std::to_string(counts[2]) + " for their warp, " + std::to_string(counts[3]) + " for their cluster, " +
+         std::to_string(counts[4]) + " have ended");
+}
+
+}  // namespace emulation
+
+// Objects and not macros: a launch configuration has members of the same names.
+struct {
+  struct {
+    operator unsigned() const { return emulation::machine().current->index.x; }
+  } x;
+} inline constexpr threadIdx;
+
+struct {
+  struct {
+    operator unsigned() const { return emulation::machine().current->block->index.x; }
+  } x;
+} inline constexpr blockIdx;
+
+struct {
+  struct {
+    operator unsigned() const { return emulation::machine().block.x; }
+  } x;
+} inline constexpr blockDim;
+
+struct {
+  struct {
+    operator unsigned() const { return emulation::machine().grid.x; }
+  } x;
+} inline constexpr gridDim;
+
+inline void __syncthreads() { emulation::sync_block(); }
+inline void __syncwarp(unsigned mask = 0xffffffffu) { emulation::sync_warp(mask); }
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32) {
+  const int lane = emulation::machine().current->lane, source = lane ^ lane_mask;
+  return emulation::exchange(mask, value, source / width > lane / width ? lane : source);
+}
+
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32) {
+  const int lane = emulation::machine().current->lane;
+  return emulation::exchange(mask, value, lane % width + int(delta) < width ? lane + int(delta) : lane);
+}
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
+  const int lane = emulation::machine().current->lane;
+  return emulation::exchange(mask, value, lane / width * width + source % width);
+}
+
+using cudaStream_t = struct EmulatedStream*;
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    struct {
+      unsigned x, y, z;
+    } clusterDim;
+  } val;
+};
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+  cudaLaunchAttribute* attrs;
+  unsigned numAttrs;
+};
+
+inline const char* cudaGetErrorString(cudaError_t) {
+  static std::string text;
+  text = emulation::machine().error;
+  return text.c_str();
+}
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  const int capability = emulation::machine().capability;
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10 : capability % 10;
+  return cudaSuccess;
+}
+
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  emulation::Machine& m = emulation::machine();
+  m.error.clear();
+  // What a block may have on an H100, and on an A100.
+  if (bytes > (m.capability >= 90 ? 232448 : 166912)) emulation::fail("more shared memory than a block can have");
+  m.shared_allowed[kernel] = bytes;
+  return m.error.empty() ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  using namespace emulation;
+  Machine& m = machine();
+  const std::lock_guard<std::recursive_mutex> lock(m.mutex);
+  m.error.clear();
+  const unsigned cluster = config->numAttrs ? config->attrs[0].val.clusterDim.x : 1;
+  const unsigned threads = config->blockDim.x, blocks = config->gridDim.x;
+  const auto allowed = m.shared_allowed.find(reinterpret_cast<const void*>(kernel));
+  const size_t limit = allowed == m.shared_allowed.end() ? 49152 : size_t(allowed->second);
+  if (blocks == 0 || threads == 0 || threads > 1024) fail("no block, no thread, or too many");
+  if (threads % kWarp) fail("a warp without all its lanes: shuffles name all of them");
+  if (config->dynamicSmemBytes > limit) fail("more shared memory than was asked for");
+  if (cluster == 0 || cluster > 8 || blocks % cluster) fail("clusters do not fit the grid");
+  if (config->numAttrs && m.capability < 90) fail("this device has no clusters");
+  if (!m.error.empty()) return cudaErrorInvalidValue;
+
+  const std::tuple<std::decay_t<Parameters>...> values(arguments...);
+  m.kernel = [&] { std::apply(kernel, values); };
+  m.grid = config->gridDim;
+  m.block = config->blockDim;
+  ++m.launches;
+  m.largest_cluster = std::max(m.largest_cluster, int(cluster));
+  std::vector<unsigned> order(blocks / cluster);
+  for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
+  std::shuffle(order.begin(), order.end(), m.random);
+  for (unsigned i : order) {
+    run_cluster(int64_t(i) * cluster, int(cluster), int(threads), config->dynamicSmemBytes);
+    if (!m.error.empty()) {
+      // Fibers that wait where no one will wake them are left behind.
+      for (auto& thread : m.threads) (void)thread.release();
+      m.threads.clear();
+      return cudaErrorInvalidValue;
+    }
+  }
+  return cudaSuccess;
+}
