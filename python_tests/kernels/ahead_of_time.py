@@ -2,7 +2,7 @@
 
     python ahead_of_time.py <module> <capability>
 
-The module's `launches()` gives, by name, a launch and the matrix instruction that is meant in it: the "newest" of the
+The module's `launches(capability)` gives, by name, a launch and the matrix instruction that is meant in it: the "newest" of the
 chip, "any", or None. A program, for a process of its own: the tests' own has the interpreter in place of the compiler.
 """
 
@@ -70,7 +70,7 @@ def main(module: str, capability: int) -> None:
         name, (launch, meant) = case
         return name, {"meant": meant, **compile_launch(launch, capability)}
 
-    cases = importlib.import_module(module).launches().items()
+    cases = importlib.import_module(module).launches(capability).items()
     # The assembler runs in a process of its own: two threads keep two cores at work.
     with ThreadPoolExecutor(2) as pool:
         json.dump(dict(pool.map(compiled, cases)), sys.stdout)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import torch
 
 from rftcore.kernels import attention
@@ -12,9 +10,7 @@ from rftcore.kernels import attention
 SHAPES = [(8, 4096, 40), (8, 1024, 80), (8, 256, 160), (8, 64, 160), (10, 4096, 64), (20, 1024, 64), (5, 9216, 64)]
 
 
-def launches() -> dict:
-    # Tiles depend on the chip: the last argument of ahead_of_time.py.
-    capability = int(sys.argv[-1])
+def launches(capability: int) -> dict:
     found = {}
     for shape in SHAPES:
         found |= _passes(shape, torch.bfloat16, "newest", capability)

@@ -11,7 +11,7 @@ from rftcore.kernels import gated_linear
 SHAPES = [(32768, 320, 1280), (8192, 640, 2560), (2048, 1280, 5120), (16384, 640, 2560), (4096, 1280, 5120)]
 
 
-def launches() -> dict:
+def launches(capability: int) -> dict:
     found = {}
     for shape in SHAPES:
         found |= _both(shape, torch.bfloat16, "newest", normed=True)

@@ -7,7 +7,7 @@ import torch
 from rftcore.kernels import geglu
 
 
-def launches() -> dict:
+def launches(capability: int) -> dict:
     found = {}
     for dtype in (torch.bfloat16, torch.float32):
         for rows, columns in ((32768, 1280), (8192, 2560)):

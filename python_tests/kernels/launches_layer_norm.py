@@ -7,7 +7,7 @@ import torch
 from rftcore.kernels import layer_norm
 
 
-def launches() -> dict:
+def launches(capability: int) -> dict:
     found = {}
     shapes = [(32768, 320), (8192, 640), (4096, 1280)]
     cases = [(torch.bfloat16, *shape) for shape in shapes] + [(torch.float32, *shapes[0]), (torch.float32, *shapes[2])]

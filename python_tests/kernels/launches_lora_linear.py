@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 from rftcore.kernels import lora_linear as forward
@@ -14,7 +16,8 @@ def empty(*shape, dtype=BF16):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def launches() -> dict:
+def launches(capability: int) -> dict:
+    of_layer = functools.partial(_of_layer, capability)
     found = {}
     # Self-attention's q, k and v behind a norm, and what follows it, of SD1.5 and of SDXL.
     found |= of_layer("qkv 320, rank 4", 8 * 4096, 320, (320, 320, 320), 4, BF16, norm=True)
@@ -40,8 +43,20 @@ VARIANTS = {
 }
 
 
-def of_layer(
-    name, rows, inner, widths, rank, dtype, *, base=BF16, norm=False, bias=False, residual=False, config=None
+def _of_layer(
+    capability,
+    name,
+    rows,
+    inner,
+    widths,
+    rank,
+    dtype,
+    *,
+    base=BF16,
+    norm=False,
+    bias=False,
+    residual=False,
+    config=None,
 ) -> dict:
     """Every launch of a layer's forward and backward, or, with a config, the one that it is for."""
     newest = "newest" if base == BF16 else "any"
@@ -59,7 +74,9 @@ def of_layer(
     statistics = (empty(rows, dtype=FP32), empty(rows, dtype=FP32)) if norm else (None, None)
     h = empty(*forward.low_rank_shape(rows, projections), dtype=dtype)
     residual = outputs[0] if residual else None
-    project = forward.project(x, projections, outputs, norm, *statistics, h, residual, config=config)
+    project = forward.project(
+        x, projections, outputs, norm, *statistics, h, residual, config=config, capability=capability
+    )
     found = {f"project, {name}": (project, newest)}
     if config is not None:
         return found
