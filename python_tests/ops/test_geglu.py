@@ -30,7 +30,7 @@ def make_input(shape, dtype=torch.float64, layout="contiguous"):
     return laid_out(torch.randn(shape, dtype=torch.float64) * 2, layout).to(dtype).requires_grad_()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_results_and_gradients_are_exact_in_fp64(backend, layout, nan_filled):
     for shape in SHAPES:
@@ -74,7 +74,7 @@ def test_far_from_zero_and_not_a_number():
     torch.testing.assert_close(geglu(u, backend="cpu")[:, 0], expected, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
 def test_gradcheck(backend):
     assert torch.autograd.gradcheck(lambda u: geglu(u, backend=backend), [make_input((3, 2, 8))])
 
@@ -91,7 +91,7 @@ def test_a_second_derivative_is_an_error_in_words():
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0)])
 def test_empty_inputs(backend, shape):
     u = torch.empty(shape, requires_grad=True)

@@ -94,6 +94,18 @@ def reasons(module: str, device_type: str, argument: str) -> Callable[..., list[
     return not_supported_reasons
 
 
+def torch_reasons(argument: str) -> Callable[..., list[str]]:
+    """`not_supported_reasons` of PyTorch's own operations inside an op that `define` made."""
+
+    def not_supported_reasons(first: Tensor, *others) -> list[str]:
+        found = backends.transform_reasons()
+        if first.device.type not in ("cpu", "cuda", "meta"):
+            found.append(f"it serves cpu and cuda tensors, {argument} is on {first.device}")
+        return found
+
+    return not_supported_reasons
+
+
 def differentiate(reference: Callable, tensors: Sequence, needs: Sequence[bool], grad: Tensor) -> list:
     """Gradients of those `tensors` that need one, None for the others, by autograd through `reference`, run again."""
     leaves = [t.detach().requires_grad_() if needed else t for t, needed in zip(tensors, needs, strict=True)]

@@ -17,7 +17,7 @@ def geglu(u: Tensor, *, backend: str = "auto") -> Tensor:
 
     Args:
         u: (..., 2D), fp64, fp32, bf16 or fp16; diffusers' GEGLU projection: hidden states first, gate second.
-        backend: "auto", "cpu", "triton" or "reference".
+        backend: "auto", "cpu", "triton", "torch" (PyTorch's own operations, which round in between) or "reference".
 
     Shapes: (..., D), contiguous.
     Raises: ValueError for inputs that do not fit; RuntimeError where `backend` cannot serve them.
@@ -93,6 +93,9 @@ def _problem(u):
 
 
 def _launch_forward(u, backend):
+    if backend == "torch":
+        hidden, gate = u.chunk(2, dim=-1)
+        return (hidden * F.gelu(gate)).contiguous()
     y, u = _output(u, backend), u.contiguous()
     if backend == "triton":
         config = jit.config("geglu.Config", OP.winner(u))
@@ -103,6 +106,9 @@ def _launch_forward(u, backend):
 
 
 def _launch_backward(grad_y, u, backend):
+    if backend == "torch":
+        hidden, gate = u.chunk(2, dim=-1)
+        return torch.cat([grad_y * F.gelu(gate), torch.ops.aten.gelu_backward(grad_y * hidden, gate)], dim=-1)
     grad_u, grad_y, u = _gradient(grad_y, u, backend), grad_y.contiguous(), u.contiguous()
     if backend == "triton":
         config = jit.config("geglu.Config", OP.winner(u))
@@ -121,7 +127,12 @@ _backward = compiled.define(
 OP = backends.register(
     backends.Op(
         "geglu",
-        {"cpu": compiled.reasons("_cpu", "cpu", "u"), "triton": jit.reasons("u"), "reference": lambda u: []},
+        {
+            "cpu": compiled.reasons("_cpu", "cpu", "u"),
+            "triton": jit.reasons("u"),
+            "torch": compiled.torch_reasons("u"),
+            "reference": lambda u: [],
+        },
         lambda device, dtype: (torch.empty(2, 4096, 2560, device=device, dtype=dtype),),
         lambda u: f"{u.dtype} {bucket(math.prod(u.shape[:-1]))} x {u.shape[-1]}",
     )
