@@ -39,12 +39,14 @@ class Emulation:
         self._library = ctypes.CDLL(str(path))
         self._library.emulation_of_broken.restype = ctypes.c_char_p
 
-    def reset(self, capability: int, seed: int = 0) -> None:
+    def reset(self, capability: int, seed: int = 0, architecture: int | None = None) -> None:
         """Makes it a device of compute capability `capability` (90: 9.0) that has launched nothing yet.
 
-        `seed` draws the order in which blocks and threads run.
+        `seed` draws the order in which blocks and threads run. `architecture` is what its code was compiled for, None:
+        the newest of 80 and 90 that it runs.
         """
-        self._library.emulation_reset(capability, ctypes.c_uint(seed))
+        newest = 90 if capability >= 90 else 80
+        self._library.emulation_reset(capability, architecture or newest, ctypes.c_uint(seed))
 
     @property
     def launches(self) -> int:

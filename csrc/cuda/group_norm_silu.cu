@@ -956,11 +956,12 @@ void forward_as(const Forward& a, uintptr_t stream) {
   using T = maths_of<Stored>;
   const char* const name = "group_norm_silu_forward";
   if constexpr (kVector > 1) {
-    if (const Resident resident = cut_resident(a, kVector, sizeof(Stored), 1, compute_capability(name))) {
+    const auto kernel = resident_forward_kernel<Stored, kVector, silu>;
+    if (const Resident resident = cut_resident(a, kVector, sizeof(Stored), 1, architecture_of(name, kernel))) {
       const Cut& cut = resident.cut;
       const Grid grid = {blocks_of(a, cut), cut.threads(), resident.data_bytes + shared_bytes<T>(cut, 2, 4, 5),
                          cut.chunks};
-      return launch(name, resident_forward_kernel<Stored, kVector, silu>, grid, stream, a, cut, resident.slots);
+      if (grid.shared_bytes <= shared_limit(name)) return launch(name, kernel, grid, stream, a, cut, resident.slots);
     }
   }
   const Cut cut = cut_of<Stored>(a, kVector);
@@ -981,13 +982,13 @@ void backward_as(const Backward& a, uintptr_t stream) {
   using T = maths_of<Stored>;
   const char* const name = "group_norm_silu_backward";
   if constexpr (kVector > 1) {
+    const auto kernel = resident_backward_kernel<Stored, kVector, silu>;
     if (!a.per_channel())
-      if (const Resident resident = cut_resident(a, kVector, sizeof(Stored), 2, compute_capability(name))) {
+      if (const Resident resident = cut_resident(a, kVector, sizeof(Stored), 2, architecture_of(name, kernel))) {
         const Cut& cut = resident.cut;
         const Grid grid = {blocks_of(a, cut), cut.threads(), resident.data_bytes + shared_bytes<T>(cut, 2, 5, 6),
                            cut.chunks};
-        return launch(name, resident_backward_kernel<Stored, kVector, silu>, grid, stream, a, cut,
-                      resident.slots);
+        if (grid.shared_bytes <= shared_limit(name)) return launch(name, kernel, grid, stream, a, cut, resident.slots);
       }
   }
   const Cut cut = cut_of<Stored>(a, kVector);

@@ -152,8 +152,8 @@ constexpr int kMaxCluster = 8;
 
 // For so many tensors kept; false where they are too large, or channels no neighbours, or groups no vectors.
 inline Resident cut_resident(const group_norm_silu::Problem& p, int vector, int element_bytes, int tensors,
-                             int compute_capability) {
-  const bool clusters = compute_capability >= 90;
+                             int architecture) {
+  const bool clusters = architecture >= 90;
   if (!p.channels_last || vector == 1 || p.positions == 0) return {};
   Resident resident = {cut_channels(p, vector, element_bytes, kResidentTileBytes), 0, 0};
   Cut& cut = resident.cut;

@@ -13,20 +13,28 @@ inline void check(cudaError_t error, const char* name) {
   if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + cudaGetErrorString(error));
 }
 
-// Of the current device: 90 for compute capability 9.0.
-inline int compute_capability(const char* name) {
-  int device = 0, major = 0, minor = 0;
+// That the current device's code of this kernel is for: 90 for compute capability 9.0. A device may be newer than
+// everything that was compiled.
+template <class... Parameters>
+int architecture_of(const char* name, void (*kernel)(Parameters...)) {
+  cudaFuncAttributes attributes = {};
+  check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), name);
+  return attributes.ptxVersion;
+}
+
+// Bytes that a block may have on the current device.
+inline int64_t shared_limit(const char* name) {
+  int device = 0, bytes = 0;
   check(cudaGetDevice(&device), name);
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), name);
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), name);
-  return 10 * major + minor;
+  check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), name);
+  return bytes;
 }
 
 struct Grid {
   int64_t blocks;
   int threads;
   int64_t shared_bytes = 0;  // of dynamic shared memory, per block
-  int cluster = 1;           // blocks that share a cluster; more than 1 from compute capability 9.0 on
+  int cluster = 1;           // blocks that share a cluster; more than 1 for code for 9.0 and later
 };
 
 constexpr int64_t kMaxBlocks = 2147483647;
@@ -38,9 +46,10 @@ template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), const Grid& grid, uintptr_t stream,
             const Arguments&... arguments) {
   if (grid.blocks > kMaxBlocks) throw std::runtime_error(std::string(name) + ": more blocks than a launch can have");
+  // Always the same number: another thread may launch this kernel between the two calls.
   if (grid.shared_bytes > kSharedWithoutAttribute)
     check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               int(grid.shared_bytes)),
+                               int(shared_limit(name))),
           name);
   cudaLaunchAttribute cluster = {};
   cluster.id = cudaLaunchAttributeClusterDimension;

@@ -238,13 +238,14 @@ void with_types(const Problem& p, bool is_aligned, const Function& function) {
 void sampler_step_forward(const Forward& a, uintptr_t stream) {
   if (a.batch == 0) return;
   const char* const name = "sampler_step_forward";
-  const int blocks = compute_capability(name) >= 90 ? kShares : 1;
-  const Grid grid = {a.batch * blocks, kThreads, (kThreads / kWarp + kShares) * int64_t(sizeof(Sums)), blocks};
   const bool is_aligned = aligned(a.sample, a.model_output, a.noise, a.next_given, a.reference_output, a.next);
   with_types(a, is_aligned, [&](auto sample, auto output, auto whole) {
     using Sample = decltype(sample);
     using Output = decltype(output);
-    launch(name, forward_kernel<Sample, Output, maths_type<Sample, Output>, whole()>, grid, stream, a, blocks);
+    const auto kernel = forward_kernel<Sample, Output, maths_type<Sample, Output>, whole()>;
+    const int blocks = architecture_of(name, kernel) >= 90 ? kShares : 1;
+    const Grid grid = {a.batch * blocks, kThreads, (kThreads / kWarp + kShares) * int64_t(sizeof(Sums)), blocks};
+    launch(name, kernel, grid, stream, a, blocks);
   });
 }
 

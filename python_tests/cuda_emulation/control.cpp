@@ -5,9 +5,11 @@
 
 #define EXPORTED extern "C" __attribute__((visibility("default")))
 
-EXPORTED void emulation_reset(int capability, unsigned seed) {
+EXPORTED void emulation_reset(int capability, int architecture, unsigned seed) {
   emulation::Machine& m = emulation::machine();
   m.capability = capability;
+  m.architecture = architecture;
+  m.shared_allowed.clear();
   m.random.seed(seed);
   m.launches = m.largest_cluster = 0;
 }

@@ -102,7 +102,8 @@ struct Machine {
   int cluster_arrived = 0;
   std::string error;
 
-  int capability = 90;
+  int capability = 90;    // of the device
+  int architecture = 90;  // that its code was compiled for
   std::mt19937 random{0};
   std::map<const void*, int> shared_allowed;
   int launches = 0, largest_cluster = 0;
@@ -384,7 +385,7 @@ T __shfl_sync(unsigned mask, T value, int source, int width = 32) {
 using cudaStream_t = struct EmulatedStream*;
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
-enum cudaDeviceAttr { cudaDevAttrComputeCapabilityMajor = 75, cudaDevAttrComputeCapabilityMinor = 76 };
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
 
@@ -416,17 +417,29 @@ inline cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  attributes->ptxVersion = emulation::machine().architecture;
+  return cudaSuccess;
+}
+
+// CUDA C++ Programming Guide, technical specifications per compute capability.
+inline cudaError_t cudaDeviceGetAttribute(int* bytes, cudaDeviceAttr, int) {
   const int capability = emulation::machine().capability;
-  *value = attribute == cudaDevAttrComputeCapabilityMajor ? capability / 10 : capability % 10;
+  const bool least = capability == 86 || capability == 89 || capability >= 120;
+  *bytes = least ? 101376 : capability >= 90 ? 232448 : 166912;
   return cudaSuccess;
 }
 
 inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
   emulation::Machine& m = emulation::machine();
   m.error.clear();
-  // What a block may have on an H100, and on an A100.
-  if (bytes > (m.capability >= 90 ? 232448 : 166912)) emulation::fail("more shared memory than a block can have");
+  int limit = 0;
+  cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0);
+  if (bytes > limit) emulation::fail("more shared memory than a block can have");
   m.shared_allowed[kernel] = bytes;
   return m.error.empty() ? cudaSuccess : cudaErrorInvalidValue;
 }
@@ -447,6 +460,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (config->dynamicSmemBytes > limit) fail("more shared memory than was asked for");
   if (cluster == 0 || cluster > 8 || blocks % cluster) fail("clusters do not fit the grid");
   if (config->numAttrs && m.capability < 90) fail("this device has no clusters");
+  if (config->numAttrs && m.architecture < 90) fail("code that was compiled for no clusters: its barriers are none");
   if (!m.error.empty()) return cudaErrorInvalidValue;
 
   const std::tuple<std::decay_t<Parameters>...> values(arguments...);

@@ -25,6 +25,8 @@ WAYS = {
     "and a ragged one": ((1, 36, 35, 33), 9, 90, 1, 1, 8),
     "one block without clusters": ((1, 32, 9, 9), 4, 80, 1, 1, 1),
     "too large for two tensors": ((1, 16, 17, 17), 2, 80, 1, 2, 1),
+    "too large for a GPU of little shared memory": ((1, 8, 128, 96), 1, 120, 2, 2, 1),
+    "too large for two tensors on it": ((1, 8, 64, 96), 1, 120, 1, 2, 8),
     "two launches": ((2, 40, 29, 31), 8, 80, 2, 2, 1),
     "several chunks": ((1, 24, 67, 71), 4, 80, 2, 2, 1),
     "pieces of a group of vectors": ((2, 1100, 3, 5), 1, 90, 2, 2, 1),
@@ -51,6 +53,17 @@ def test_every_way_through_group_norm_silu_is_exact(way, activation, monkeypatch
         assert (emulation.launches, emulation.largest_cluster) == (launches, cluster)
         for a, b in zip(mine, value_and_gradients(stock(groups, activation), tensors, grad), strict=True):
             assert relative_error(a, b) < 1e-12
+
+
+def test_code_for_older_gpus_is_launched_without_clusters(monkeypatch):
+    """What was compiled for 8.0 alone runs on 9.0 as well, but its barriers of clusters are none."""
+    emulation = emulated_cuda.serve(monkeypatch)
+    emulation.reset(90, architecture=80)
+    inputs = only_x(make_inputs((2, 32, 19, 17), layout="channels_last"))
+    x, noise = torch.randn(2, 2, 3, 700, dtype=torch.float64)
+    value_and_gradients(ours(4, backend="cuda"), inputs, torch.ones_like(inputs[0]))
+    sampler_step(x, x, make_coefficients(None), noise=noise, backend="cuda")
+    assert emulation.largest_cluster == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
