@@ -1025,6 +1025,8 @@ void group_norm_silu_forward(const Forward& arguments, uintptr_t stream) {
 }
 
 void group_norm_silu_backward(const Backward& arguments, uintptr_t stream) {
+  // Gradients of weight and bias are written, 0, where there is no sample.
+  if (arguments.batch == 0 && !arguments.per_channel()) return;
   const Backward a = normalised(arguments);
   with_dtype(a.dtype, [&](auto stored) {
     using Stored = decltype(stored);
