@@ -5,9 +5,12 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import rftcore
 from rftcore import build
+from rftcore.ops import compiled
+from rftcore.ops.backends import OPS
 
 
 def python(code):
@@ -73,6 +76,34 @@ def test_the_cuda_module_imports_without_a_driver():
     if reason := build.why_not_loaded("_cuda"):
         pytest.skip(reason)
     assert build.load("_cuda").build_info()["architectures"]
+
+
+@pytest.mark.parametrize(
+    ("architectures", "served"),
+    [
+        ("80-real 90-real 90-virtual", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]),
+        ("86-real 90-real", [(8, 6), (8, 9), (9, 0)]),
+        ("75", [(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]),
+        ("90a-real", [(9, 0)]),
+        ("native", [(7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]),
+    ],
+)
+def test_which_gpus_the_compiled_code_is_for(architectures, served):
+    gpus = [(7, 0), (7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
+    assert [gpu for gpu in gpus if compiled.has_code_for(gpu, architectures)] == served
+
+
+def test_a_gpu_that_nothing_was_compiled_for_is_served_by_another_backend(monkeypatch):
+    if reason := build.why_not_loaded("_cuda"):
+        pytest.skip(reason)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(compiled, "_refusal", compiled._refusal.__wrapped__)
+    for name in ("group_norm_silu", "sampler_step"):
+        with FakeTensorMode():
+            inputs = OPS[name].example("cuda", torch.bfloat16)
+        assert OPS[name].choose("auto", *inputs) == "reference"
+        assert "cuda:0 has compute capability 7.5" in OPS[name].explain(*inputs)
 
 
 def test_an_error_of_the_cuda_runtime_is_an_exception():

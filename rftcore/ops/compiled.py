@@ -1,6 +1,8 @@
 """The way from an op to its compiled functions: definition, dtype codes, raw pointers, and why it may be closed."""
 
+import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -89,9 +91,49 @@ def reasons(module: str, device_type: str, argument: str) -> Callable[..., list[
             found.append(f"it serves {device_type} tensors, {argument} is on {first.device}")
         if missing is not None:
             found.append(missing)
+        elif device_type == first.device.type == "cuda" and (refusal := _why_not_on(first.device)) is not None:
+            found.append(refusal)
         return found
 
     return not_supported_reasons
+
+
+def has_code_for(capability: tuple[int, int], architectures: str) -> bool:
+    """Whether a GPU of this compute capability runs what was compiled for CMAKE_CUDA_ARCHITECTURES `architectures`."""
+    device = 10 * capability[0] + capability[1]
+    for number, feature, kind in re.findall(r"(\d+)([af]?)(-real|-virtual)?", architectures):
+        compiled = int(number)
+        binary = kind != "-virtual" and compiled // 10 == capability[0] and compiled <= device
+        translated = kind != "-real" and compiled <= device
+        if compiled == device or (not feature and (binary or translated)):
+            return True
+    # "native" and "all" say no number.
+    return not re.search(r"\d", architectures)
+
+
+def _why_not_on(device: torch.device) -> str | None:
+    """Why the kernels of `_cuda` cannot run on this GPU, or None."""
+    return _refusal(device)
+
+
+# torch.compile reads it while it traces: torch.compiler.assume_constant_result, without the import of dynamo.
+_why_not_on._dynamo_marked_constant = True
+
+
+@cache
+def _refusal(device: torch.device) -> str | None:
+    if torch.version.hip is not None:
+        return f"it is for NVIDIA GPUs, {device} is none"
+    if not torch.cuda.is_available():  # fake tensors: nothing runs
+        return None
+    architectures = build.load("_cuda").build_info()["architectures"]
+    capability = torch.cuda.get_device_capability(device)
+    if has_code_for(capability, architectures):
+        return None
+    return (
+        f"it was compiled for {architectures}, {device} has compute capability {capability[0]}.{capability[1]}; "
+        "CMAKE_CUDA_ARCHITECTURES says what to compile for"
+    )
 
 
 def torch_reasons(argument: str) -> Callable[..., list[str]]:
