@@ -303,3 +303,30 @@ def test_a_transformer_blocks_own_arguments():
         leaves = [hidden_states, text, *block.parameters()]
         found.append([output, *torch.autograd.grad(output, leaves, weights(output))])
     assert max(map(relative_error, *found)) <= 1e-11
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl", "unconditional"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_bits_are_those_of_a_forward_without_a_graph(kind, dtype):
+    """What a sample is drawn by, and what it is scored again by."""
+    _, ours = pair(make(kind).to(dtype))
+    call = inputs(kind, dtype=dtype, leaves=())
+    with torch.no_grad():
+        sampled = ours(**call).sample
+    with torch.inference_mode():
+        inferred = ours(**call).sample
+    scored = ours(**call).sample
+    assert scored.requires_grad and torch.equal(sampled, scored) and torch.equal(inferred, scored)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_who_changes_the_last_norms_output_without_a_graph_is_heard(mode):
+    def double(module, args, y):
+        y.mul_(2)
+
+    stock, ours = pair(make())
+    for model in (stock, ours):
+        model.conv_norm_out.register_forward_hook(double)
+    with mode():
+        mine, theirs = ours(**inputs(leaves=())).sample, stock(**inputs(leaves=())).sample
+    assert relative_error(mine, theirs) < 1e-11

@@ -6,6 +6,7 @@ import pytest
 import torch
 from against_stock import inputs, make, pair, randomise_adapters
 from checks import relative_error
+from peft import LoraConfig
 
 import rftcore
 
@@ -59,6 +60,19 @@ def test_levels_are_as_good_as_stock_and_equal_each_other(kind, size, levels, la
         assert relative_error(output, exact) <= 2 * relative_error(theirs, exact) + 1e-6
         assert error(gradients, exact_gradients) <= 2 * error(their_gradients, exact_gradients) + 1e-6
     rftcore.restore(ours)
+
+
+@pytest.mark.parametrize("targets", [["to_q", "to_v"], ["to_q", "ff.net.0.proj"], ["ff.net.2"]])
+def test_the_bits_are_those_of_a_forward_without_a_graph(targets):
+    """What a sample is drawn by and what it is scored again by: a gate is joined to its projection in both or neither."""
+    unet = make(lora=False).requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=4, target_modules=targets))
+    _, ours = pair(randomise_adapters(unet).float(), backend="triton")
+    call = inputs(batch=1, dtype=torch.float32, size=(4, 4), leaves=())
+    with torch.no_grad():
+        sampled = ours(**call).sample
+    scored = ours(**call).sample
+    assert scored.requires_grad and torch.equal(sampled, scored)
 
 
 def error(gradients, exact):

@@ -27,7 +27,10 @@ def forward_convolution(layer: nn.Module, place: Place, x: Tensor, *args, **kwar
 
 
 def forward_norm(norm: nn.GroupNorm, place: Place, x: Tensor):
-    """In place of the forward of the GroupNorm before a SiLU. With a graph, the output remembers where it came from."""
+    """In place of the forward of the GroupNorm before a SiLU. Its output remembers where it came from.
+
+    Without a graph, too: rounded between the norm and the SiLU, a sample would have other bits than its replay.
+    """
     b = place.builder("x")
     try:
         _write(b, norm, x, silu=False)
@@ -35,8 +38,7 @@ def forward_norm(norm: nn.GroupNorm, place: Place, x: Tensor):
         refusal = str(reason)
     else:
         y = place.run(b, [x])
-        if y.requires_grad:
-            y.rftcore_normalised = norm, x, y._version
+        y.rftcore_normalised = norm, x, _version(y)
         return y
     return place.stock(norm, refusal, x)
 
@@ -65,7 +67,14 @@ def _origin(activation: nn.SiLU, y: Tensor) -> tuple[nn.GroupNorm | None, Tensor
     """The norm that made y and its input, where nobody looks at y itself, or changed it."""
     norm, x, version = getattr(y, "rftcore_normalised", (None, None, None))
     watched = activation._forward_pre_hooks or activation._backward_pre_hooks or y._backward_hooks or y.retains_grad
-    return (None, None) if norm is None or watched or y._version != version else (norm, x)
+    if norm is not None and version is None:
+        watched = watched or norm._forward_hooks
+    return (None, None) if norm is None or watched or _version(y) != version else (norm, x)
+
+
+def _version(y: Tensor) -> int | None:
+    """Changes with the tensor's values; under torch.inference_mode nothing is counted."""
+    return None if y.is_inference() else y._version
 
 
 def _write(b, norm: nn.GroupNorm, x: Tensor, silu: bool) -> None:

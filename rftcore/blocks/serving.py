@@ -60,15 +60,16 @@ class Place:
         _check(self.name, program.inputs, inputs, parameters)
         self.served()
         drop = self._drop(program, inputs, parameters)
-        needs = (
-            fusion.wants(inputs, parameters) if torch.is_grad_enabled() else (False,) * (len(inputs) + len(parameters))
-        )
+        # Of the tensors alone: without a graph, too, the steps are those that a replay with one takes, bit for bit.
+        needs = fusion.wants(inputs, parameters)
         return run(fusion.fuse(program, needs, drop), inputs, parameters, drop)
 
     def _drop(self, program: Program, inputs: Sequence[Tensor], parameters) -> frozenset[str]:
         """The values to make again."""
-        if len(program.steps) == 1 or not torch.is_grad_enabled():
+        if len(program.steps) == 1:
             return frozenset()
+        if not torch.is_grad_enabled():
+            return levels.drop(program, "block")
         recompute, budget = self.serving.recompute, self.serving.budget
         if recompute != "auto":
             return levels.drop(program, recompute)
