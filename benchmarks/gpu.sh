@@ -30,11 +30,17 @@ failed=""
 
 wanted() { case " $parts " in *" $1 "*) true ;; *) false ;; esac; }
 
+# Seconds that are left of nine minutes, at most $1.
+left() {
+  local rest=$((530 - SECONDS))
+  echo $((rest < $1 ? (rest > 1 ? rest : 1) : $1))
+}
+
 # step NAME LIMIT COMMAND...: the command's output goes to a log; its end is shown where it fails.
 step() {
-  local name=$1 limit=$2
+  local name=$1 limit start=$SECONDS
+  limit=$(left "$2")
   shift 2
-  local start=$SECONDS
   if timeout "$limit" "$@" >"$out/$name.log" 2>&1; then
     echo "== $name: done in $((SECONDS - start)) s"
   else
@@ -54,7 +60,8 @@ fi
 python3 -c "from rftcore.build import format_info; print(format_info())" | tee "$out/info.txt"
 
 if wanted tests; then
-  step tests 200 python3 -m pytest -q -n 4 -p no:cacheprovider \
+  # Compiling takes most of it: a process a core.
+  step tests 240 python3 -m pytest -q -n auto -p no:cacheprovider \
     python_tests/ops/test_every_backend.py python_tests/ops/test_group_norm_silu.py \
     python_tests/ops/test_sampler_step.py python_tests/kernels python_tests/blocks/test_on_gpu.py \
     --ignore python_tests/kernels/test_ahead_of_time.py
@@ -69,13 +76,14 @@ if wanted sanitizer; then
   fi
 fi
 if wanted ops; then
-  step ops $((seconds + 60)) python3 -m benchmarks.gpu --part ops --seconds "$seconds" --out "$out/gpu_ops.json"
+  # A minute for the measurement that is under way, and one for the models.
+  step ops $((seconds + 60)) python3 -m benchmarks.gpu --part ops --seconds "$(left "$seconds")" --out "$out/gpu_ops.json"
 fi
 if wanted models; then
-  step models 150 python3 -m benchmarks.gpu --part models --seconds 90 --out "$out/gpu_models.json"
+  step models 150 python3 -m benchmarks.gpu --part models --seconds "$(left 90)" --out "$out/gpu_models.json"
 fi
 if wanted tune; then
-  step tune 540 python3 -m benchmarks.tune --seconds 480 --out "$out"
+  step tune 530 python3 -m benchmarks.tune --seconds "$(left 480)" --out "$out"
 fi
 for part in ops models tune; do
   if wanted $part; then grep "^|\|^copy" "$out/$part.log"; fi
