@@ -9,6 +9,7 @@ from checks import relative_error
 from peft import LoraConfig
 
 import rftcore
+from rftcore.ops.backends import Op
 
 launch = pytest.importorskip("rftcore.kernels.launch", reason="Triton is not installed", exc_type=ImportError)
 
@@ -73,6 +74,20 @@ def test_the_bits_are_those_of_a_forward_without_a_graph(targets):
         sampled = ours(**call).sample
     scored = ours(**call).sample
     assert scored.requires_grad and torch.equal(sampled, scored)
+
+
+@pytest.mark.parametrize("trained", ["bias", "ff.net.0.proj.bias", "norm3.weight", "ff.net.0.proj.weight", ""])
+@pytest.mark.parametrize("level", ["none", "ff"])
+def test_what_is_trained_is_left_to_others(trained, level, monkeypatch):
+    """In the order of a GPU, where Triton comes first, also for what a backward chooses."""
+    monkeypatch.setattr(Op, "_order", lambda op, *inputs: sorted(op.not_supported_reasons, key="triton".__ne__))
+    unet = make(lora=False)
+    for name, parameter in unet.named_parameters():
+        parameter.requires_grad_(name.endswith(trained))
+    _, exact = results(unet, torch.float64)
+    stock, ours = pair(unet.float(), recompute=level)
+    (_, theirs), (_, gradients) = results(stock, torch.float32), results(ours, torch.float32)
+    assert error(gradients, exact) <= 2 * error(theirs, exact) + 1e-6
 
 
 def error(gradients, exact):

@@ -163,6 +163,10 @@ class GatedLinear(Kind):
         trained = p.weight or any(a.a or a.b for a in p.adapters)
         return (0,) if trained or self.eps is not None or not self.keeps else (), (1,) if self.keeps else (), False
 
+    def unread(self):
+        # Behind the norm's two and the weight.
+        return (1 if self.eps is None else 3,) if self.keeps else ()
+
     def forward(self, inputs, parameters, lower, state=None):
         (x,) = inputs
         norm, (projection,) = _normed(parameters, [self.scales], self.eps)

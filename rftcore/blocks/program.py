@@ -218,9 +218,9 @@ class _Program(torch.autograd.Function):
         with autocast.disabled(tensors[0].device):
             values, dtypes, states = execute(program, tensors, chosen.released, lower)
         ctx.options = program, chosen, dtypes, states, lower
-        # Of what is not read, an alias: changing it before the backward is then no error.
+        # Of what is not read, an alias: changing it before the backward is then no error. Trained as it is: backends ask.
         parameters = (
-            p if p is None or i in chosen.read_parameters else p.data
+            p if p is None or i in chosen.read_parameters else p.data.requires_grad_(p.requires_grad)
             for i, p in enumerate(tensors[len(program.inputs) :])
         )
         ctx.save_for_backward(*(values[name] for name in chosen.kept), *parameters)
