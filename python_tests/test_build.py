@@ -1,5 +1,6 @@
 """What was built is there, says so, and leaves the process as it found it."""
 
+import re
 import subprocess
 import sys
 
@@ -104,6 +105,15 @@ def test_a_gpu_that_nothing_was_compiled_for_is_served_by_another_backend(monkey
             inputs = OPS[name].example("cuda", torch.bfloat16)
         assert OPS[name].choose("auto", *inputs) == "reference"
         assert "cuda:0 has compute capability 7.5" in OPS[name].explain(*inputs)
+
+
+def test_a_driver_too_old_for_the_runtime_is_a_reason(monkeypatch):
+    if (reason := build.why_not_loaded("_cuda")) or torch.cuda.is_available():
+        pytest.skip(reason or "there is a GPU, with a driver that works")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    refusal = compiled._refusal.__wrapped__(torch.device("cuda", 0))
+    assert re.search("it was compiled by NVIDIA .*, whose runtime says: .*(driver|device)", refusal)
 
 
 def test_an_error_of_the_cuda_runtime_is_an_exception():

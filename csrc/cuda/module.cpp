@@ -3,6 +3,7 @@
 
 #include "../common/group_norm_silu_binding.h"
 #include "../common/sampler_step_binding.h"
+#include "device.h"
 #include "group_norm_silu.h"
 #include "sampler_step.h"
 
@@ -15,6 +16,7 @@ PYBIND11_MODULE(_cuda, module) {
     info["architectures"] = RFTCORE_CUDA_ARCHITECTURES;
     return info;
   });
+  module.def("why_no_device", rftcore::cuda::why_no_device);
   rftcore::group_norm_silu::bind<uintptr_t>(module, rftcore::cuda::group_norm_silu_forward,
                                             rftcore::cuda::group_norm_silu_backward,
                                             rftcore::cuda::group_norm_silu_workspace);

@@ -126,14 +126,18 @@ def _refusal(device: torch.device) -> str | None:
         return f"it is for NVIDIA GPUs, {device} is none"
     if not torch.cuda.is_available():  # fake tensors: nothing runs
         return None
-    architectures = build.load("_cuda").build_info()["architectures"]
+    cuda = build.load("_cuda")
+    info = cuda.build_info()
     capability = torch.cuda.get_device_capability(device)
-    if has_code_for(capability, architectures):
-        return None
-    return (
-        f"it was compiled for {architectures}, {device} has compute capability {capability[0]}.{capability[1]}; "
-        "CMAKE_CUDA_ARCHITECTURES says what to compile for"
-    )
+    if not has_code_for(capability, info["architectures"]):
+        return (
+            f"it was compiled for {info['architectures']}, {device} has compute capability "
+            f"{capability[0]}.{capability[1]}; CMAKE_CUDA_ARCHITECTURES says what to compile for"
+        )
+    # Its runtime is its own, and may ask for a newer driver than PyTorch's does.
+    if error := cuda.why_no_device():
+        return f"it was compiled by {info['compiler']}, whose runtime says: {error}"
+    return None
 
 
 def torch_reasons(argument: str) -> Callable[..., list[str]]:
