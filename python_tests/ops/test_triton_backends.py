@@ -108,6 +108,12 @@ def test_a_residual_is_added_in_its_dtype(dtype):
     assert ours.dtype == right.dtype and relative_error(ours, right) < 1e-6
 
 
+def test_a_residual_of_fewer_samples_is_added_to_each():
+    x, residual, p = normal(3, 7, 32), normal(1, 7, 16), linear(16, 32, 4)
+    ours, right = (lora_linears_forward(x, (p,), None, None, backend, residual)[0] for backend in ("triton", "torch"))
+    assert relative_error(ours, right) < 1e-6
+
+
 def test_autocast_lowers_the_adapters():
     x, p = normal(7, 32, dtype=torch.float16).requires_grad_(), linear(16, 32, 4, torch.float16, torch.float32)
     results = []
@@ -214,6 +220,18 @@ def test_attention_makes_only_the_gradients_that_are_needed(keys):
         found = attention_backward(grad, q, k, v, o, lse, needs=needs, backend="triton")
         for got, right, need in zip(found, everything, needs, strict=True):
             assert torch.equal(got, right) if need else got is None
+
+
+@pytest.mark.parametrize("keys", [37, 140])
+def test_attention_backward_from_an_output_in_any_layout(keys):
+    q, k, v = (t.detach() for t in qkv_of(keys=keys))
+    grad = normal(2, 2, 21, 40)
+    o, lse = attention_forward(q, k, v, backend="triton")
+    right = attention_backward(grad, q, k, v, o, lse, backend="triton")
+    wide_o, wide_lse = normal(2, 42, 2, 40).transpose(1, 2), normal(2, 2, 42)
+    wide_o[:, :, ::2], wide_lse[:, :, ::2] = o, lse
+    found = attention_backward(grad, q, k, v, wide_o[:, :, ::2], wide_lse[:, :, ::2], backend="triton")
+    assert all(map(torch.equal, found, right))
 
 
 def test_attention_saves_its_inputs_output_and_log_sum_exp():

@@ -53,6 +53,7 @@ def _run_backward(grad_o, q, k, v, o, lse, scale, needs):
     if dv is None and dk is not None:
         dv = torch.empty_like(dk)
     grad_o, q, k, v = (_ready(t) for t in (grad_o, q, k, v))
+    lse = lse.contiguous()
     chip = jit.capability(q.device)
     if kind == "cross_attention" and q.shape[3] <= kernels.MAX_BACKWARD_HEAD_DIM:
         tiles = config("cross_attention.Config:backward")
@@ -63,7 +64,8 @@ def _run_backward(grad_o, q, k, v, o, lse, scale, needs):
         # Of few keys too, where sums over all of them would not stay on chip.
         kernels, delta = jit.kernels("attention"), torch.empty_like(lse)
         tiles = {"dq_config": config("attention.Config:dq"), "dkdv_config": config("attention.Config:dkdv")}
-        launches = kernels.backward(grad_o, q, k, v, _ready(o), lse, delta, dq, dk, dv, scale, capability=chip, **tiles)
+        o = _tokens(o).contiguous()
+        launches = kernels.backward(grad_o, q, k, v, o, lse, delta, dq, dk, dv, scale, capability=chip, **tiles)
     jit.run(q.device, *launches)
     return grads
 

@@ -80,7 +80,8 @@ def lora_linears_forward(
         residual: (..., out), added to the output of a single projection, whose dtype is then that of their sum.
     """
     if backend == "triton":
-        fits = residual is not None and residual.dtype == x.dtype
+        shape = *x.shape[:-1], projections[0].weight.shape[0]
+        fits = residual is not None and residual.dtype == x.dtype and residual.shape == shape
         outputs = fused_linears.linears(x, residual if fits else None, projections, norm, lower)
         return outputs if residual is None or fits else [outputs[0] + residual]
     n = x if norm is None else normalise(x, norm, lower)[0]
