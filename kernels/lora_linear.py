@@ -154,6 +154,15 @@ def grouped_tile(row_tiles, column_tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
+def rounded_to_tf32(value):
+    """fp32 values with TF32's digits, to nearest: matrix instructions cut the others off, which is a bias."""
+    bits = value.to(tl.int32, bitcast=True)
+    rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    # Not a number may have all its bits set.
+    return tl.where(value == value, rounded, value)
+
+
+@triton.jit
 def _load(source, exists):
     """Zero where it does not exist; `exists` is None where all does."""
     if exists is None:
@@ -349,7 +358,11 @@ def _project_kernel(
         rank = pick(q, rank0, rank1, rank2, COUNT)
         line = j - pick(q, 0, rank0, rank0 + rank1, COUNT)
         b = tl.load(pick(q, b0, b1, b2, COUNT) + column.to(tl.int64) * rank + line, theirs, other=0.0)
-        total = tl.dot(shrunk.to(b.dtype), b, total, input_precision=LOW_RANK)
+        shrunk = shrunk.to(b.dtype)
+        if LOW_RANK == "tf32" and b.dtype == tl.float32 and x.dtype.element_ty == tl.float16:
+            # In bf16 its own rounding hides what is cut off.
+            shrunk, b = rounded_to_tf32(shrunk), rounded_to_tf32(b)
+        total = tl.dot(shrunk, b, total, input_precision=LOW_RANK)
     if BIASES != 0:
         has_bias = column_exists
         if BIASES != 2**COUNT - 1:

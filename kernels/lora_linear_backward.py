@@ -25,6 +25,7 @@ from rftcore.kernels.lora_linear import (
     numbered,
     owner,
     pick,
+    rounded_to_tf32,
 )
 
 
@@ -169,6 +170,8 @@ def _input_kernel(
             if A_ALIGNED:
                 source_a = tl.multiple_of(source_a, (16, 16))
             a = tl.load(source_a + column, j < ranks, other=0.0)
+            if LOW_RANK == "tf32" and a.dtype == tl.float32 and grad_n.dtype.element_ty == tl.float16:
+                low, a = rounded_to_tf32(low), rounded_to_tf32(a)
             total = tl.dot(low, a, total, input_precision=LOW_RANK)
     target = grad_n + row * inner + column
     tl.store(target, total.to(grad_n.dtype.element_ty), row_exists & column_exists)

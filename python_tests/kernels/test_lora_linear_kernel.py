@@ -8,6 +8,8 @@ import torch
 from checks import Canaries, assert_as_good_as
 from torch.nn import functional as F
 
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+tl = pytest.importorskip("triton.language")
 forward = pytest.importorskip("rftcore.kernels.lora_linear", reason="Triton is not installed", exc_type=ImportError)
 backward = pytest.importorskip("rftcore.kernels.lora_linear_backward", exc_type=ImportError)
 
@@ -202,6 +204,53 @@ def test_forward(case, config, dtype, adapter_dtype):
         deviation = (x.var(1, correction=0) + given.norm.eps).sqrt()
         torch.testing.assert_close(mean.double(), x.mean(1), rtol=3e-7, atol=0)
         torch.testing.assert_close(inverse.double(), 1 / deviation, rtol=3e-6, atol=0)
+
+
+@pytest.fixture
+def cut_to_tf32(monkeypatch):
+    """Products as of a matrix unit, which does not look at the last bits of fp32 operands in TF32."""
+    if torch.cuda.is_available():
+        return
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    builder = interpreter.InterpreterBuilder
+    dot = builder.create_dot
+
+    def cut(operand):
+        bits = operand.data.view("int32") & -0x2000
+        return interpreter.TensorHandle(bits.view("float32"), operand.dtype)
+
+    def create_dot(self, a, b, d, precision, *others):
+        if "TF32x3" not in str(precision) and a.data.dtype == "float32":
+            a, b = cut(a), cut(b)
+        return dot(self, a, b, d, precision, *others)
+
+    monkeypatch.setattr(builder, "create_dot", create_dot)
+
+
+@pytest.mark.parametrize("config", ["spanning", "fused, spanning"])
+def test_fp32_adapters_that_outweigh_an_fp16_base(config, cut_to_tf32):
+    given = problem(Case(64, 64, (48, 64), (8, 16), affine=None), *MIXED)
+    for *_, ((_, b, _),) in given.projections:
+        b.mul_(3)
+    outputs, *_ = run_forward(given, PROJECT[config], Canaries())
+    grad_n, _ = run_backward(given, None, None, Canaries())
+    (exact, exact_grads), (stock, stock_grads) = by_autograd(given.to(torch.float64)), by_autograd(given.to(None))
+    assert_as_good([*stock, stock_grads[0]], [*outputs, grad_n], [*exact, exact_grads[0]])
+
+
+def test_what_is_no_number_has_no_digits_to_round():
+    x = torch.tensor([1 + 2**-11, 1 + 2**-12, -1 - 2**-11, torch.inf, -torch.inf, torch.nan, torch.nan, 0.0])
+    x[6:7].view(torch.int32).fill_(0x7FFFFFFF)
+    y = torch.empty_like(x)
+    _round_kernel[(1,)](x, y)
+    expected = torch.tensor([1 + 2**-10, 1, -1 - 2**-10, torch.inf, -torch.inf, torch.nan, torch.nan, 0.0])
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@triton.jit
+def _round_kernel(x, y):
+    i = tl.arange(0, 8)
+    tl.store(y + i, forward.rounded_to_tf32(tl.load(x + i)))
 
 
 @pytest.mark.parametrize(
