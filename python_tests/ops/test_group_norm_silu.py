@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from rftcore.ops import group_norm_silu
 from rftcore.ops.backends import OPS
+from rftcore.ops.group_norm_silu import group_norm_silu_backward, group_norm_silu_forward
 
 # Odd sizes, a size of 1, more than a strip and more than a tile, any number of spatial dimensions.
 CASES = [
@@ -95,6 +96,22 @@ def test_memory_format_follows_x(backend, layout):
         if backend != "reference":
             (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
             assert grad.stride() == expected
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_pytorchs_own_operations_where_no_kernel_serves(layout):
+    for shape, groups in CASES:
+        inputs = make_inputs(shape, layout=layout)
+        grad, needs = torch.randn(shape, dtype=torch.float64), [True] * 6
+        y, *statistics = group_norm_silu_forward(*inputs, groups, EPS, True, "torch")
+        found = group_norm_silu_backward(grad, *inputs, groups, EPS, True, *statistics, "torch", needs)
+        exact = value_and_gradients(stock(groups), inputs, grad)
+        for a, b in zip([y, *found], exact, strict=True):
+            assert relative_error(a, b) < 1e-12 or (a - b).abs().max() < 1e-12
+        expected = inputs[0].stride() if layout == "channels_last" else inputs[0].contiguous().stride()
+        assert y.stride() == found[0].stride() == expected
+    mixed = make_inputs((2, 8, 3, 3), torch.float16, vectors=torch.float32)
+    assert ours(2, backend="torch")(*mixed).dtype == torch.float16
 
 
 @COMPILED

@@ -1,13 +1,14 @@
 """GroupNorm of a ResNet: the time embedding before it, scale and shift and SiLU after it, and the backward."""
 
+import functools
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rftcore.ops import backends, compiled
+from rftcore.ops import autocast, backends, compiled
+from rftcore.ops.measured import bucket
 
 
 def group_norm_silu(
@@ -34,7 +35,8 @@ def group_norm_silu(
         channel_bias: (N, C), added before the norm. None: 0.
         scale_shift: scale and shift, (N, C) each. None: 0 and 0.
         activation: "silu" or None.
-        backend: "auto", "cpu", "cuda" or "reference".
+        backend: "auto", "cpu", "cuda", "torch" (PyTorch's own operations, which round and keep values in between) or
+            "reference".
 
     Shapes: (N, C, ...), like x.
     Raises: ValueError for inputs that do not fit; RuntimeError where `backend` cannot serve them.
@@ -42,8 +44,8 @@ def group_norm_silu(
     scale, shift = (None, None) if scale_shift is None else scale_shift
     _check(x, weight, bias, num_groups, channel_bias, scale, shift, activation)
     inputs = (x, weight, bias, channel_bias, scale, shift, num_groups, eps, activation == "silu")
-    if OP.choose(backend, x) == "reference":
-        return group_norm_silu_reference(*inputs)
+    if (chain := _CHAINS.get(OP.choose(backend, x))) is not None:
+        return chain(*inputs)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:6]):
         return _GroupNormSiLU.apply(*inputs)
     return _forward(*inputs)[0]
@@ -85,8 +87,8 @@ def group_norm_silu_forward(x, weight, bias, channel_bias, scale, shift, num_gro
     """
     _check(x, weight, bias, num_groups, channel_bias, scale, shift, "silu" if silu else None)
     inputs = (x, weight, bias, channel_bias, scale, shift, num_groups, eps, silu)
-    if backend == "reference":
-        return group_norm_silu_reference(*inputs), x.new_empty(0), x.new_empty(0)
+    if backend in _CHAINS:
+        return _CHAINS[backend](*inputs), x.new_empty(0), x.new_empty(0)
     return _forward(*inputs)
 
 
@@ -97,12 +99,36 @@ def group_norm_silu_backward(
     """Gradients of the six tensors x to shift, None where not needed; arguments as the forward had and gave them."""
     tensors = (x, weight, bias, channel_bias, scale, shift)
     compiled.check_gradient("group_norm_silu", grad_y, x)
-    if backend == "reference":
-        return compiled.differentiate(
-            lambda *t: group_norm_silu_reference(*t, num_groups, eps, silu), tensors, needs, grad_y
-        )
+    if backend in _CHAINS:
+        chain = _CHAINS[backend]
+        grad_x, *others = compiled.differentiate(lambda *t: chain(*t, num_groups, eps, silu), tensors, needs, grad_y)
+        return [None if grad_x is None else _dense(grad_x, _is_channels_last(x)), *others]
     grads = _backward(grad_y, *tensors, mean, inverse_deviation, num_groups, silu, list(needs[1:]))
     return [grad if needed else None for grad, needed in zip(grads, needs, strict=True)]
+
+
+def _by_torch(x, weight, bias, channel_bias, scale, shift, num_groups, eps, silu) -> Tensor:
+    """PyTorch's own operations, one after the other, each rounding to the widest of these dtypes."""
+    tensors = [t for t in (x, weight, bias, channel_bias, scale, shift) if t is not None]
+    dtype = functools.reduce(torch.promote_types, (t.dtype for t in tensors))
+
+    def per_channel(values):  # (N, C) -> (N, C, 1, ...)
+        return values.to(dtype).reshape(*values.shape, *[1] * (x.dim() - 2))
+
+    with autocast.disabled(x.device):
+        y = x.to(dtype)
+        if channel_bias is not None:
+            y = y + per_channel(channel_bias)
+        y = torch.group_norm(y, num_groups, *(None if t is None else t.to(dtype) for t in (weight, bias)), eps)
+        if scale is not None:
+            y = y * (1 + per_channel(scale)) + per_channel(shift)
+        if silu:
+            y = F.silu(y)
+    return _dense(y.to(x.dtype), _is_channels_last(x))
+
+
+# Backends that keep no statistics: their backward runs them again and is PyTorch's.
+_CHAINS = {"torch": _by_torch, "reference": group_norm_silu_reference}
 
 
 def bytes_moved(x: Tensor, backward: bool = False) -> int:
@@ -189,7 +215,7 @@ def _problem(x, num_groups, silu, *vectors):
 _PASSES = {"forward": 0, "backward": 1, "backward_per_channel": 2}
 
 
-@lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=4096)
 def _workspace_elements(module, *sizes) -> int:
     return module.group_norm_silu_workspace(*sizes)
 
@@ -238,15 +264,23 @@ _backward = compiled.define(
     _launch_backward, _backward_outputs, ["CPU", "CUDA"],
 )  # fmt: skip
 
+
+def _torch_reasons(x: Tensor) -> list[str]:
+    found = backends.transform_reasons()
+    return [*found, f"there is nothing to normalise: x is {tuple(x.shape)}"] if x.numel() == 0 else found
+
+
 OP = backends.register(
     backends.Op(
         "group_norm_silu",
         {
             "cpu": compiled.reasons("_cpu", "cpu", "x"),
             "cuda": compiled.reasons("_cuda", "cuda", "x"),
+            "torch": _torch_reasons,
             "reference": lambda x: [],
         },
         lambda device, dtype: (torch.empty(2, 320, 64, 64, device=device, dtype=dtype),),
+        lambda x: f"{x.dtype} {bucket(x.shape[0])} x {' x '.join(map(str, x.shape[1:]))}",
     )
 )
 
