@@ -1,7 +1,7 @@
 // As much of CUDA as the kernels of csrc/cuda use, executed on the CPU: their sources are compiled as C++ with this
 // folder first on the include path. Every thread is a fiber; barriers, shuffles, clusters and asynchronous copies hold
-// to CUDA's rules and say which one was broken; blocks and threads run in an order drawn anew for every launch, and
-// shared memory is NaN before a block has written it.
+// to CUDA's rules and say which one was broken; blocks and threads run in an order drawn anew for every launch: any, or
+// each warp as far ahead of others as barriers let it. Shared memory is NaN before a block has written it.
 #pragma once
 
 #include <setjmp.h>
@@ -59,9 +59,12 @@ struct Copy {
 };
 
 struct Block;
+struct Thread;
+using Queue = std::vector<Thread*>;
 
 struct Thread {
   uint3 index = {};
+  Queue* queue = nullptr;  // where it waits for its turn
   Block* block = nullptr;
   int lane = 0, warp = 0;
   State state = State::done;
@@ -97,7 +100,7 @@ struct Machine {
   std::function<void()> kernel;
   Thread* current = nullptr;
   jmp_buf scheduler;
-  std::vector<Thread*> ready;
+  std::vector<Queue> ready;  // a later one has its turn where those before it are empty
   uint64_t cluster_phase = 0;
   int cluster_arrived = 0;
   std::string error;
@@ -157,7 +160,7 @@ inline void run(Thread& thread) {
 
 inline void wake(Thread* thread) {
   thread->state = State::ready;
-  machine().ready.push_back(thread);
+  thread->queue->push_back(thread);
 }
 
 inline void sync_block() {
@@ -290,7 +293,12 @@ inline void run_cluster(int64_t first, int size, int threads, size_t shared_byte
   Machine& m = machine();
   m.blocks.resize(size);
   m.cluster_arrived = 0;
-  m.ready.clear();
+  // One queue for all, or one for each warp of the cluster.
+  const int warps = (threads + kWarp - 1) / kWarp;
+  m.ready.assign(m.random() % 2 ? size * warps : 1, {});
+  std::vector<size_t> turns(m.ready.size());
+  for (size_t i = 0; i < turns.size(); ++i) turns[i] = i;
+  std::shuffle(turns.begin(), turns.end(), m.random);
   for (int rank = 0; rank < size; ++rank) {
     Block& block = m.blocks[rank];
     block.index = {unsigned(first + rank), 0, 0};
@@ -308,15 +316,18 @@ inline void run_cluster(int64_t first, int size, int threads, size_t shared_byte
       t->block = &block;
       t->lane = i % kWarp;
       t->warp = i / kWarp;
+      t->queue = &m.ready[turns[(rank * warps + t->warp) % turns.size()]];
       t->turn = 0;
       t->cluster_arrived = false;
       wake(t);
     }
   }
-  while (!m.ready.empty() && m.error.empty()) {
-    std::swap(m.ready[m.random() % m.ready.size()], m.ready.back());
-    Thread* const next = m.ready.back();
-    m.ready.pop_back();
+  while (m.error.empty()) {
+    const auto queue = std::find_if(m.ready.begin(), m.ready.end(), [](const Queue& q) { return !q.empty(); });
+    if (queue == m.ready.end()) break;
+    std::swap((*queue)[m.random() % queue->size()], queue->back());
+    Thread* const next = queue->back();
+    queue->pop_back();
     run(*next);
   }
   int counts[5] = {};
