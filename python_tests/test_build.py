@@ -103,7 +103,7 @@ def test_a_gpu_that_nothing_was_compiled_for_is_served_by_another_backend(monkey
     for name in ("group_norm_silu", "sampler_step"):
         with FakeTensorMode():
             inputs = OPS[name].example("cuda", torch.bfloat16)
-        assert OPS[name].choose("auto", *inputs) == "reference"
+        assert OPS[name].choose("auto", *inputs) in ("torch", "reference")
         assert "cuda:0 has compute capability 7.5" in OPS[name].explain(*inputs)
 
 
