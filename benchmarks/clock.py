@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -17,19 +19,40 @@ def turns(bytes_of_one: int, device: torch.device) -> int:
     return 1 if device.type == "cpu" else max(1, min(32, _COLD_BYTES // max(bytes_of_one, 1)))
 
 
-def seconds(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int, capture: bool = True) -> float:
+class Taken(NamedTuple):
+    """A time, and whether it is that of a captured graph, without the launches' share."""
+
+    seconds: float
+    captured: bool
+
+
+@contextlib.contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """A stream of its own on a GPU: a backward runs where its forward ran, and the default stream cannot be captured."""
+    if device.type == "cpu":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def time_of(calls: Sequence[Callable[[], object]], device: torch.device, repeats: int, capture: bool = True) -> Taken:
     """The median time of one call, of `repeats` rounds in which each of `calls` runs once; three rounds to warm up.
 
     The calls do the same work on different inputs. On a GPU a round is a replay of a captured graph; without `capture`,
-    and where the work cannot be captured, it is queued call by call, and its time has the launches' share.
+    and where the work cannot be captured, it is queued call by call, and its time has the launches' share. Calls that
+    differentiate a graph were made within the `side_stream` that this is called in.
     """
     if device.type == "cpu":
-        return _by_the_clock(calls, repeats)
+        return Taken(_by_the_clock(calls, repeats), False)
     for _ in range(3):
         _run(calls)
     torch.cuda.synchronize(device)
-    work = (capture and _captured(calls)) or (lambda: _run(calls))
-    return _by_events(work, repeats) / len(calls)
+    replay = _captured(calls) if capture else None
+    return Taken(_by_events(replay or (lambda: _run(calls)), repeats) / len(calls), replay is not None)
 
 
 def _by_the_clock(calls: Sequence[Callable[[], object]], repeats: int) -> float:
@@ -56,7 +79,7 @@ def _captured(calls: Sequence[Callable[[], object]]) -> Callable[[], object] | N
     """A graph's replay; None where capturing fails."""
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
             _run(calls)
     except RuntimeError:
         torch.cuda.synchronize()

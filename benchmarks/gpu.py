@@ -27,9 +27,9 @@ def ceilings(device: torch.device, repeats: int, small: bool) -> dict[str, float
     """Bytes a second of a copy, read and written; FLOPs a second of a bf16 product."""
     count, size = (2**20, 256) if small else (2**29, 8192)
     x, y = (torch.empty(count, dtype=torch.uint8, device=device) for _ in range(2))
-    copying = clock.seconds([lambda: y.copy_(x)], device, repeats)
+    copying = clock.time_of([lambda: y.copy_(x)], device, repeats).seconds
     a, b, c = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(3))
-    product = clock.seconds([lambda: torch.mm(a, b, out=c)], device, repeats)
+    product = clock.time_of([lambda: torch.mm(a, b, out=c)], device, repeats).seconds
     return {"bytes_per_s": 2 * count / copying, "flops_per_s": 2 * size**3 / product}
 
 
@@ -80,11 +80,11 @@ def measure(workload: Workload, ceiling, device, repeats, compiled, deadline) ->
     rows = []
 
     def add(name, which, work, calls):
-        taken = clock.seconds(calls, device, repeats)
+        taken, captured = clock.time_of(calls, device, repeats)
         least = floor(work, ceiling)
         rows.append(
             {
-                "op": workload.op, "shape": workload.shape, "pass": which, "candidate": name, "us": 1e6 * taken,
+                "op": workload.op, "shape": workload.shape, "pass": which, "candidate": name, "us": 1e6 * taken, "captured": captured,
                 "GB/s": work.bytes / taken / 1e9, "TFLOP/s": work.flops / taken / 1e12, "of_floor": least / taken,
             }
         )  # fmt: skip
@@ -148,6 +148,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu.json"))
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    with clock.side_stream(torch.device(arguments.device)):
+        _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> None:
     device = torch.device(arguments.device)
     deadline = time.monotonic() + arguments.seconds
     ceiling = ceilings(device, arguments.repeats, arguments.small)

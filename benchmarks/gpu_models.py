@@ -52,12 +52,12 @@ def measure(
 
 
 def _timed(call: Callable[[], object], device: torch.device, repeats: int, floor: float) -> dict[str, Any]:
-    eager = clock.seconds([call], device, repeats, capture=False)
-    captured = clock.seconds([call], device, repeats)
+    eager = clock.time_of([call], device, repeats, capture=False).seconds
+    captured, is_captured = clock.time_of([call], device, repeats)
     with PeakBytes() as counted:
         call()
     return {
-        "captured_ms": 1e3 * captured, "eager_ms": 1e3 * eager, "of_floor": floor / captured,
+        "captured_ms": 1e3 * captured if is_captured else "not captured", "eager_ms": 1e3 * eager, "of_floor": floor / captured,
         "peak_mib": counted.peak / 2**20,
     }  # fmt: skip
 

@@ -79,7 +79,7 @@ def trials(workload: Workload, device: torch.device, repeats: int, deadline: flo
     def timed(backend: str) -> float:
         try:
             both = passes(lambda tensors: workload.ours(tensors, backend), sets)
-            return sum(clock.seconds(calls, device, repeats) for calls in both)
+            return sum(clock.time_of(calls, device, repeats).seconds for calls in both)
         except Exception as error:  # noqa: BLE001  a candidate that cannot do it loses
             print(f"  {workload.op} {workload.shape} {backend}: {error!r}"[:300])
             return float("inf")
@@ -131,6 +131,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the folder for the table")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    with clock.side_stream(torch.device(arguments.device)):
+        _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> None:
     device = torch.device(arguments.device)
     deadline = time.monotonic() + arguments.seconds
     winners: dict[str, dict[str, Any]] = {}

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks import gpu, tune
+from benchmarks.clock import Taken
 from rftcore.ops import jit, measured
 
 
@@ -54,7 +55,7 @@ def test_candidates_are_tile_sizes_of_kernels_that_exist():
 def test_the_fastest_tile_sizes_are_kept(monkeypatch):
     """The time of a launch is what its tile sizes say."""
     monkeypatch.setattr(tune, "passes", lambda function, sets: ([lambda: function(sets[0])], []))
-    monkeypatch.setattr(tune.clock, "seconds", lambda calls, device, repeats: calls and calls[0]() or 0.0)
+    monkeypatch.setattr(tune.clock, "time_of", lambda calls, *others: Taken(calls[0]() if calls else 0.0, False))
     monkeypatch.setitem(tune.CANDIDATES, "a.Config", [{"rows": 3}, {"rows": 1}, {"rows": 2}])
     monkeypatch.setitem(tune.CANDIDATES, "b.Config", [{"rows": 9}, {"rows": 8}])
 

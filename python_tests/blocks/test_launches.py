@@ -31,6 +31,7 @@ class Launched(TorchDispatchMode):
     def __init__(self, monkeypatch):
         super().__init__()
         self.total, self.names = 0, {}
+        monkeypatch.setattr(jit, "capability", lambda device: 90)
         monkeypatch.setattr(jit, "run", lambda device, *launches: self._add("triton", len(launches)))
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -54,7 +55,7 @@ def on_meta(value):
 
 
 # PyTorch and PEFT launch 1240 forward and 1450 backward.
-@pytest.mark.parametrize(("level", "forwards", "backwards"), [("none", 550, 910), ("qkv", 550, 980)])
+@pytest.mark.parametrize(("level", "forwards", "backwards"), [("none", 550, 925), ("qkv", 550, 995)])
 def test_of_a_step(level, forwards, backwards, monkeypatch):
     for module in (fused_linears, fused_attention):
         monkeypatch.setattr(module, "_of_triton", lambda tensor: [])
