@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -129,6 +130,29 @@ def _parts(inputs, ranks, norm, biased):
     return x, projections, before
 
 
+def conv2d(n: int, channels: int, size: int, out: int, rank: int) -> Case:
+    """3 x 3, channels_last; with an adapter of this rank, 0: none."""
+    geometry = ops.Geometry(padding=(1, 1))
+
+    def inputs():
+        x = normal(n, channels, size, size).to(memory_format=torch.channels_last)
+        adapter = trained(normal(rank, channels, 3, 3) / 3, normal(out, rank, 1, 1)) if rank else []
+        return [*trained(x), normal(out, channels, 3, 3) / (3 * channels**0.5), normal(out), *adapter]
+
+    def adapters(tensors):
+        return [ops.Adapter(*tensors[3:], 0.7)] if rank else []
+
+    def ours(tensors, backend):
+        if not rank:
+            return ops.frozen_conv2d(*tensors, geometry, backend=backend)
+        return ops.lora_conv2d(*tensors[:3], adapters(tensors), geometry, backend=backend)
+
+    def stock(tensors):
+        return ops.lora_conv2d_reference(*tensors[:3], adapters(tensors), geometry)
+
+    return Case("lora_conv2d" if rank else "frozen_conv2d", inputs, ours, stock)
+
+
 def attention(b: int, heads: int, n: int, m: int, d: int) -> Case:
     def ours(inputs, backend):
         return ops.attention(*(split(t) for t in inputs), backend=backend)
@@ -148,6 +172,27 @@ def attention(b: int, heads: int, n: int, m: int, d: int) -> Case:
     )
 
 
+def sampler_step(*shape: int) -> Case:
+    """Guided, with noise: the next sample and the log-probability, one behind the other."""
+    # x0 of x and m, its clip, the mean of x0, x and m, sigma, eps of m, guidance.
+    columns = [1.2, -0.7, math.inf, 0.5, 0.6, -0.1, 0.3, 1.0, 7.5]
+
+    def step(function, inputs, **options):
+        sample, output, noise = inputs
+        dtype = torch.promote_types(sample.dtype, torch.float32)
+        coefficients = torch.tensor(columns, dtype=dtype, device=sample.device)
+        found = function(sample, output, coefficients, noise=noise, **options)
+        return torch.cat([found.next_sample.flatten(), found.log_prob])
+
+    return Case(
+        "sampler_step",
+        lambda: [*trained(normal(*shape), normal(2 * shape[0], *shape[1:])), normal(*shape)],
+        lambda inputs, backend: step(ops.sampler_step, inputs, backend=backend),
+        lambda inputs: step(ops.sampler_step_reference, inputs),
+        lambda inputs: inputs[:2],
+    )
+
+
 def trained(*tensors: Tensor) -> list[Tensor]:
     return [t.requires_grad_() for t in tensors]
 
@@ -162,11 +207,14 @@ SMALL = [
     group_norm_silu(2, 40, 5, 7, 8),
     group_norm_silu(1, 64, 16, 16, 32),
     group_norm_silu(2, 40, 5, 7, 8, channels_last=False),
+    sampler_step(3, 4, 7, 5),
     layer_norm(9, 70),
     lora_linear((2, 19, 48), (48, 48, 48), (4, 4, 4), norm=True, biased=False),
     lora_linear((37, 40), (24, 56), (0, 3), norm=False, biased=True),
     gated_linear((2, 19, 48), 40, 4, norm=True, biased=True),
     gated_linear((33, 40), 24, 0, norm=False, biased=False),
+    conv2d(2, 8, 7, 12, 0),
+    conv2d(2, 8, 7, 12, 3),
     attention(2, 2, 37, 37, 40),
     attention(1, 2, 33, 77, 64),
     attention(1, 2, 33, 77, 80),
@@ -178,12 +226,16 @@ LARGE = [
     group_norm_silu(2, 320, 64, 64, 32),
     group_norm_silu(2, 1280, 8, 8, 32),
     group_norm_silu(1, 128, 512, 512, 32),
+    sampler_step(8, 4, 64, 64),
+    sampler_step(2, 4, 128, 128),
     layer_norm(2 * 4096, 320),
     lora_linear((2, 4096, 320), (320, 320, 320), (4, 4, 4), norm=True, biased=False),
     lora_linear((2, 4096, 640), (640,), (16,), norm=False, biased=True),
     lora_linear((2, 77, 2048), (1280, 1280), (64, 64), norm=False, biased=False),
     gated_linear((2, 4096, 320), 1280, 0, norm=True, biased=True),
     gated_linear((2, 256, 1280), 5120, 16, norm=True, biased=True),
+    conv2d(2, 320, 64, 320, 0),
+    conv2d(2, 640, 32, 640, 4),
     attention(2, 8, 4096, 4096, 40),
     attention(2, 8, 1024, 1024, 80),
     attention(2, 8, 256, 256, 160),

@@ -52,3 +52,7 @@ def test_value_and_gradients(case, backend, dtype):
 def results(output, inputs, grad):
     """The output, and the gradients of those inputs that want one."""
     return [output, *torch.autograd.grad(output, [t for t in inputs if t.requires_grad], grad.to(output))]
+
+
+def test_every_op_has_cases():
+    assert {case.op for case in SMALL} == {case.op for case in LARGE} == OPS.keys()
