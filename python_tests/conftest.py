@@ -37,7 +37,12 @@ def pytest_configure(config):
         )
 
 
+# They take minutes, most of them in a few tests: begun last, they would be waited for.
+LONGEST = ("kernels/test_ahead_of_time.py", "blocks/test_triton.py", "ops/test_triton_backends.py")
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.nodeid.partition("::")[0].endswith(LONGEST))
     if os.environ.get("RFTCORE_TEST_ALL") != "1":
         skip = pytest.mark.skip(reason="slow: `make test-all` runs it")
         for item in items:
