@@ -73,25 +73,10 @@ def _place(rows, heads, ROWS: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q0,
-    q1,
-    k,
-    v,
-    k_row,
-    v_row,
-    count,
-    o0,
-    o1,
-    top,
-    total,
-    scale,
-    D: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    KEYS: tl.constexpr,
-    MASKED: tl.constexpr,
+    q0, q1, k, v, k_row, v_row, count, o0, o1, top, total, scale,
+    D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """One step of the online softmax: `top` is the greatest logit so far, `total` and o are sums relative to it."""
     key = tl.arange(0, KEYS)
     k0, k1 = pc.load(k, key, k_row, count, D, FIRST, SECOND, MASKED)
@@ -112,30 +97,10 @@ def _attend(
 
 @triton.jit
 def _forward_kernel(
-    q,
-    k,
-    v,
-    o,
-    lse,
-    q_batch,
-    q_row,
-    k_batch,
-    k_row,
-    v_batch,
-    v_row,
-    heads,
-    queries,
-    keys,
-    scale,
-    D: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    QUERY_TAIL: tl.constexpr,
-    KEY_TAIL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, k, v, o, lse, q_batch, q_row, k_batch, k_row, v_batch, v_row, heads, queries, keys, scale,
+    D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    QUERY_TAIL: tl.constexpr, KEY_TAIL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     batch, head, which, start = _place(queries, heads, QUERIES)
     query = tl.arange(0, QUERIES)
     q += batch * q_batch + head * D + start.to(tl.int64) * q_row
@@ -172,18 +137,9 @@ def _forward_kernel(
 
 @triton.jit
 def _delta_kernel(
-    grad_o,
-    o,
-    delta,
-    grad_o_batch,
-    grad_o_row,
-    heads,
-    queries,
-    D: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    QUERIES: tl.constexpr,
-):
+    grad_o, o, delta, grad_o_batch, grad_o_row, heads, queries,
+    D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
     batch, head, which, start = _place(queries, heads, QUERIES)
     query = tl.arange(0, QUERIES)
     count = queries - start
@@ -199,27 +155,10 @@ def _delta_kernel(
 
 @triton.jit
 def _add_to_dq(
-    q0,
-    q1,
-    g0,
-    g1,
-    lse,
-    delta,
-    k,
-    v,
-    k_row,
-    v_row,
-    count,
-    dq0,
-    dq1,
-    scale,
-    D: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    KEYS: tl.constexpr,
-    MASKED: tl.constexpr,
+    q0, q1, g0, g1, lse, delta, k, v, k_row, v_row, count, dq0, dq1, scale,
+    D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     key = tl.arange(0, KEYS)
     k0, k1 = pc.load(k, key, k_row, count, D, FIRST, SECOND, MASKED)
     v0, v1 = pc.load(v, key, v_row, count, D, FIRST, SECOND, MASKED)
@@ -233,34 +172,11 @@ def _add_to_dq(
 
 @triton.jit
 def _dq_kernel(
-    grad_o,
-    q,
-    k,
-    v,
-    lse,
-    delta,
-    dq,
-    grad_o_batch,
-    grad_o_row,
-    q_batch,
-    q_row,
-    k_batch,
-    k_row,
-    v_batch,
-    v_row,
-    heads,
-    queries,
-    keys,
-    scale,
-    D: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    QUERY_TAIL: tl.constexpr,
-    KEY_TAIL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    grad_o, q, k, v, lse, delta, dq, grad_o_batch, grad_o_row, q_batch, q_row, k_batch, k_row, v_batch, v_row,
+    heads, queries, keys, scale,
+    D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    QUERY_TAIL: tl.constexpr, KEY_TAIL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     batch, head, which, start = _place(queries, heads, QUERIES)
     query = tl.arange(0, QUERIES)
     count = queries - start
@@ -301,29 +217,10 @@ def _dq_kernel(
 
 @triton.jit
 def _add_to_dkdv(
-    k0,
-    k1,
-    v0,
-    v1,
-    q,
-    grad_o,
-    lse,
-    delta,
-    q_row,
-    grad_o_row,
-    count,
-    dk0,
-    dk1,
-    dv0,
-    dv1,
-    scale,
-    D: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    QUERIES: tl.constexpr,
-    MASKED: tl.constexpr,
+    k0, k1, v0, v1, q, grad_o, lse, delta, q_row, grad_o_row, count, dk0, dk1, dv0, dv1, scale,
+    D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, QUERIES: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Keys are the rows of p and ds, so that both are left operands as they come.
 
     Rows of keys that do not exist may become infinite; they meet no other row and are not stored.
@@ -347,35 +244,11 @@ def _add_to_dkdv(
 
 @triton.jit
 def _dkdv_kernel(
-    grad_o,
-    q,
-    k,
-    v,
-    lse,
-    delta,
-    dk,
-    dv,
-    grad_o_batch,
-    grad_o_row,
-    q_batch,
-    q_row,
-    k_batch,
-    k_row,
-    v_batch,
-    v_row,
-    heads,
-    queries,
-    keys,
-    scale,
-    D: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    QUERIES: tl.constexpr,
-    KEYS: tl.constexpr,
-    QUERY_TAIL: tl.constexpr,
-    KEY_TAIL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    grad_o, q, k, v, lse, delta, dk, dv, grad_o_batch, grad_o_row, q_batch, q_row, k_batch, k_row, v_batch, v_row,
+    heads, queries, keys, scale,
+    D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    QUERY_TAIL: tl.constexpr, KEY_TAIL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     batch, head, which, start = _place(keys, heads, KEYS)
     key = tl.arange(0, KEYS)
     count = keys - start

@@ -110,31 +110,10 @@ def _product(a0, a1, b0, b1, SECOND: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def _forward_kernel(
-    q,
-    k,
-    v,
-    o,
-    lse,
-    q_batch,
-    q_row,
-    k_batch,
-    k_row,
-    v_batch,
-    v_row,
-    heads,
-    queries,
-    scale,
-    M: tl.constexpr,
-    KEYS_A: tl.constexpr,
-    KEYS_B: tl.constexpr,
-    D: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    QUERIES: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    TAIL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    q, k, v, o, lse, q_batch, q_row, k_batch, k_row, v_batch, v_row, heads, queries, scale,
+    M: tl.constexpr, KEYS_A: tl.constexpr, KEYS_B: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr,
+    SECOND: tl.constexpr, QUERIES: tl.constexpr, BLOCKS: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     batch, head, chunk, _ = _place(queries, heads, QUERIES * BLOCKS)
     ka0, ka1, kb0, kb1 = _resident(k + batch * k_batch + head * D, k_row, M, KEYS_A, KEYS_B, D, FIRST, SECOND)
     va0, va1, vb0, vb1 = _resident(v + batch * v_batch + head * D, v_row, M, KEYS_A, KEYS_B, D, FIRST, SECOND)
@@ -206,36 +185,11 @@ def _add_transposed_product(sum0, sum1, a0, a1, b, SECOND: tl.constexpr, PRECISI
 
 @triton.jit
 def _backward_kernel(
-    grad_o,
-    q,
-    k,
-    v,
-    lse,
-    dq,
-    dk,
-    dv,
-    grad_o_batch,
-    grad_o_row,
-    q_batch,
-    q_row,
-    k_batch,
-    k_row,
-    v_batch,
-    v_row,
-    heads,
-    queries,
-    scale,
-    M: tl.constexpr,
-    KEYS_A: tl.constexpr,
-    KEYS_B: tl.constexpr,
-    D: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    QUERIES: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    TAIL: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    grad_o, q, k, v, lse, dq, dk, dv, grad_o_batch, grad_o_row, q_batch, q_row, k_batch, k_row, v_batch, v_row,
+    heads, queries, scale,
+    M: tl.constexpr, KEYS_A: tl.constexpr, KEYS_B: tl.constexpr, D: tl.constexpr, FIRST: tl.constexpr,
+    SECOND: tl.constexpr, QUERIES: tl.constexpr, BLOCKS: tl.constexpr, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """dk and dv: (batch, chunks, M, heads, D), this program's chunk of them. dq, or both of these, may be None."""
     batch, head, chunk, chunks = _place(queries, heads, QUERIES * BLOCKS)
     ka0, ka1, kb0, kb1 = _resident(k + batch * k_batch + head * D, k_row, M, KEYS_A, KEYS_B, D, FIRST, SECOND)

@@ -64,17 +64,9 @@ def _store_piece(pointer, row, stride, count, piece, D, START: tl.constexpr, WID
 
 @triton.jit
 def store(
-    pointer,
-    row,
-    stride,
-    count,
-    first,
-    second,
-    D: tl.constexpr,
-    FIRST: tl.constexpr,
-    SECOND: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    pointer, row, stride, count, first, second,
+    D: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """What `load` reads."""
     _store_piece(pointer, row, stride, count, first, D, 0, FIRST, MASKED)
     if SECOND > 0:
