@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from benchmarks.memory import saved_bytes
 from rftcore import ops
-from rftcore.ops import Adapter, Norm, Projection
+from rftcore.ops import Adapter, Norm, Projection, fused_attention, fused_linears, jit
 from rftcore.ops.attention import attention_backward, attention_forward
 from rftcore.ops.backends import OPS
 from rftcore.ops.gated_linear import gated_linear_backward, gated_linear_forward
@@ -160,6 +160,14 @@ def test_projections_that_are_not_served_say_why():
         assert words in "; ".join(reasons(x, projections))
     assert "fp32, bf16 and fp16" in "; ".join(reasons(x.double(), [one]))
     assert "nothing to compute" in "; ".join(reasons(x[:0], [one]))
+
+
+def test_limits_are_the_kernels():
+    """The ops state them without importing Triton."""
+    linear, few, many = (jit.kernels(name) for name in ("lora_linear", "cross_attention", "attention"))
+    limits = fused_linears._MAX_PROJECTIONS, fused_linears._MAX_RANK
+    assert limits == (linear.MAX_PROJECTIONS, linear.MAX_RANK)
+    assert (fused_attention._FEW_KEYS, fused_attention._MAX_HEAD_DIM) == (few.MAX_KEYS, many.MAX_HEAD_DIM)
 
 
 def test_launches(launched):
