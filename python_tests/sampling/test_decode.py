@@ -5,6 +5,7 @@ import torch
 from diffusers import AutoencoderKL
 
 import rftcore
+from benchmarks.memory import PeakBytes
 from rftcore.sampling import RewardError
 
 
@@ -170,3 +171,51 @@ def test_bad_arguments(vae):
         rftcore.score(vae(), inferred, brightness_of_top, ["x", "y"])
     with torch.no_grad():
         assert not rftcore.score(vae(), inferred, declared, ["x", "y"]).requires_grad
+
+
+@pytest.mark.parametrize("clamp", ["hard", "straight_through", "none"])
+def test_images_decoded_again_have_the_gradient_of_images_decoded_once(vae, clamp):
+    """For a reward of the batch as a whole: each image's reward depends on every image."""
+    model = vae().requires_grad_(False)
+    latents = torch.randn(5, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(5, dtype=torch.float64)
+
+    def loss(images_per_call):
+        images = rftcore.decode(model, latents, images_per_call=images_per_call, clamp=clamp)
+        features = images.flatten(1)
+        return (weights * (features - features.mean(0)).square().mean(1)).sum()
+
+    once, again = loss(5), loss(2)
+    (expected,), (found,) = torch.autograd.grad(once, latents), torch.autograd.grad(again, latents)
+    torch.testing.assert_close(again, once, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-14)
+
+
+def test_decoding_holds_the_graph_of_one_image(vae):
+    model = vae(torch.float32).requires_grad_(False)
+
+    def peak(count):
+        latents = torch.randn(count, 4, 16, 16, requires_grad=True)
+        with PeakBytes() as bytes_:
+            rftcore.decode(model, latents).square().mean().backward()
+        return bytes_.peak
+
+    one, four = peak(1), peak(4)
+    images = 4 * 3 * 32 * 32 * 4
+    assert four <= one + 8 * images
+
+
+def test_decoding_again_notices_a_changed_decoder(vae):
+    model = vae().requires_grad_(False)
+    latents = torch.randn(2, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+    images = rftcore.decode(model, latents)
+    with torch.no_grad():
+        model.decoder.conv_in.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        images.sum().backward()
+
+
+def test_a_trained_decoder_gets_its_gradient(vae):
+    model = vae()
+    rftcore.decode(model, torch.randn(2, 4, 8, 8, dtype=torch.float64, requires_grad=True)).sum().backward()
+    assert model.decoder.conv_in.weight.grad.abs().sum() > 0

@@ -9,6 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rftcore.sampling.ambient import Ambient
+from rftcore.sampling.gradient_path import is_whole
+
 CLAMPS = ("hard", "straight_through", "none")
 
 # A decoder's gradients lie near 1e-6 for an image of 512 px, below fp16's normal range. Powers of two are exact; the
@@ -21,14 +24,24 @@ class RewardError(ValueError):
 
 
 def decode(
-    vae: nn.Module | None, latents: Tensor, *, clamp: str = "hard", return_stats: bool = False
+    vae: nn.Module | None,
+    latents: Tensor,
+    *,
+    images_per_call: int = 1,
+    clamp: str = "hard",
+    return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """Decodes latents to images, with gradient.
+    """Decodes latents to images, with gradient, on the memory of one image.
+
+    For rewards that look at the whole batch together; others are cheaper by `score`. What the decoder computes is not
+    kept: the backward pass decodes each image again, one more forward of the decoder. A decoder that is itself trained
+    keeps its graph.
 
     Args:
         vae: a diffusers autoencoder; its config's scaling, shift, latent mean/std and `force_upcast` are applied.
             None for a pixel-space model.
         latents: (B, C, h, w) as a sampler gives them.
+        images_per_call: b, how many images are decoded, and differentiated, together; b >= B decodes but once.
         clamp: "hard", as diffusers does, has no gradient where an image is saturated; "straight_through" clamps and
             passes the gradient as if it did not; "none" leaves values outside [0, 1].
         return_stats: also give {"saturated": (B,)}, the share of an image's values outside [0, 1].
@@ -37,19 +50,73 @@ def decode(
         (B, 3, H, W) in [0, 1], in the latents' dtype.
 
     Raises:
-        ValueError: for an unknown clamp or latents of a wrong shape.
+        ValueError: for an unknown clamp, latents of a wrong shape, or images_per_call that is no positive number.
     """
     if clamp not in CLAMPS:
         raise ValueError(f"clamp={clamp!r} is not known; allowed are {', '.join(map(repr, CLAMPS))}.")
     if latents.ndim != 4:
         raise ValueError(f"latents has shape {tuple(latents.shape)}; it must be (B, C, h, w).")
+    parts = _parts(latents.shape[0], images_per_call)
+    again = len(parts) > 1 and vae is not None and torch.is_grad_enabled() and latents.requires_grad
+    if again and not any(parameter.requires_grad for parameter in vae.parameters()):
+        images, saturated = _Decode.apply(vae, clamp, parts, _runs_in_fp16(vae, latents), latents)
+    else:
+        pairs = [_images(vae, latents[part], clamp) for part in parts] or [_images(None, latents, clamp)]
+        images, saturated = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
+    return (images, {"saturated": saturated}) if return_stats else images
+
+
+def _parts(count: int, images_per_call: int) -> list[slice]:
+    if not is_whole(images_per_call) or images_per_call < 1:
+        raise ValueError(f"images_per_call={images_per_call!r} must be a whole number >= 1.")
+    return [slice(i, i + images_per_call) for i in range(0, count, images_per_call)]
+
+
+def _images(vae: nn.Module | None, latents: Tensor, clamp: str) -> tuple[Tensor, Tensor]:
+    """Images (b, 3, H, W), and the share of each one's values outside [0, 1], in plain autograd."""
     images = (latents if vae is None else _decode(vae, _unscaled(vae, latents)).to(latents.dtype)) / 2 + 0.5
-    saturated = ((images < 0) | (images > 1)).flatten(1).to(images.dtype).mean(1).detach() if return_stats else None
+    saturated = ((images < 0) | (images > 1)).flatten(1).to(images.dtype).mean(1).detach()
     if clamp == "hard":
         images = images.clamp(0, 1)
     elif clamp == "straight_through":
         images = images + (images.clamp(0, 1) - images).detach()
-    return (images, {"saturated": saturated}) if return_stats else images
+    return images, saturated
+
+
+class _Decode(torch.autograd.Function):
+    """Keeps the latents, and decodes them once more for their gradient."""
+
+    @staticmethod
+    def forward(ctx, vae, clamp: str, parts: list[slice], fp16: bool, latents: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.vae, ctx.clamp, ctx.parts, ctx.fp16 = vae, clamp, parts, fp16
+        ctx.ambient = Ambient.capture(latents.device)
+        # The weights are saved for their version check: a decoder changed before the backward would be another one.
+        ctx.save_for_backward(latents, *(p for p in vae.parameters() if not p.is_inference()))
+        images, saturated = zip(*(_images(vae, latents[part], clamp) for part in parts), strict=True)
+        # Autocast has cached casts without a graph.
+        torch.clear_autocast_cache()
+        saturated = torch.cat(saturated)
+        ctx.mark_non_differentiable(saturated)
+        return torch.cat(images), saturated
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_images: Tensor, _) -> tuple[None, None, None, None, Tensor]:
+        latents = ctx.saved_tensors[0]
+        gradients = []
+        for part in ctx.parts:
+            piece = latents[part].detach().requires_grad_()
+            with torch.enable_grad(), ctx.ambient.restored():
+                images, _ = _images(ctx.vae, piece, ctx.clamp)
+            for scale in _FP16_GRADIENT_SCALES if ctx.fp16 else (1.0,):
+                (gradient,) = torch.autograd.grad(images, piece, grad_images[part] * scale, retain_graph=ctx.fp16)
+                gradient = gradient / scale
+                # Asked in fp16 alone: the answer is waited for.
+                if not ctx.fp16 or bool(gradient.isfinite().all()):
+                    break
+            gradients.append(gradient)
+            del images
+        return None, None, None, None, torch.cat(gradients)
 
 
 def score(
@@ -91,8 +158,7 @@ def score(
         raise ValueError(f"prompts must be a list of {count} strings, one for each latent, got {_describe(prompts)}.")
     if metadata is not None and len(metadata) != count:
         raise ValueError(f"metadata must hold one value for each of the {count} latents, got {len(metadata)}.")
-    if not isinstance(images_per_call, int) or images_per_call < 1:
-        raise ValueError(f"images_per_call={images_per_call!r} must be a whole number >= 1.")
+    parts = _parts(count, images_per_call)
     differentiate = torch.is_grad_enabled() and latents.requires_grad
     if differentiate and not getattr(reward, "differentiable", True):
         raise RewardError(
@@ -106,12 +172,11 @@ def score(
         )
 
     def evaluate(part: slice, piece: Tensor) -> tuple[Tensor, Tensor]:
-        images, stats = decode(vae, piece, clamp=clamp, return_stats=True)
+        images, saturated = _images(vae, piece, clamp)
         rewards = reward(images, prompts[part], None if metadata is None else metadata[part])
         _check_rewards(reward, rewards, prompts[part])
-        return rewards, stats["saturated"]
+        return rewards, saturated
 
-    parts = [slice(i, i + images_per_call) for i in range(0, count, images_per_call)]
     if differentiate:
         rewards, saturated = _Score.apply(evaluate, reward, parts, _runs_in_fp16(vae, latents), latents)
     else:
