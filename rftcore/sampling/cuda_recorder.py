@@ -11,6 +11,9 @@ import torch
 
 T = TypeVar("T")
 
+# Captures that broke off: the allocators ask these graphs which streams they capture.
+_BROKEN: list[torch.cuda.CUDAGraph] = []
+
 
 class CudaRecorder:
     """A `graphs.Recorder` of one device.
@@ -37,16 +40,12 @@ class CudaRecorder:
     def capture(self, work: Callable[[], T]) -> tuple[Callable[[], None], T]:
         graph = torch.cuda.CUDAGraph()
         with self._beside(), _no_collection():
-            # Other threads may allocate meanwhile; autograd's, which runs a backward, is one of them.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
+                # Other threads may allocate meanwhile; autograd's, which runs a backward, is one of them.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 result = work()
-            except BaseException:
-                self._abort(graph)
-                raise
-            try:
                 graph.capture_end()
-            except RuntimeError:
+            except BaseException:
                 self._abort(graph)
                 raise
         return lambda: self._launch(graph), result
@@ -74,10 +73,19 @@ class CudaRecorder:
         current.wait_stream(self._stream)
 
     def _abort(self, graph: torch.cuda.CUDAGraph) -> None:
-        """Ends a capture that failed, so that the stream and the allocator leave it."""
+        """Ends a capture that failed, so that the stream, the pool and the allocator leave it."""
         with contextlib.suppress(RuntimeError):
             graph.capture_end()
         torch.cuda.synchronize(self._device)
+        try:
+            graph.pool()
+        except RuntimeError:
+            # An invalid capture raises before it takes the allocator out of the pool, and then never lets go of it.
+            index = torch.cuda._utils._get_device_index(self._device, optional=True)
+            with contextlib.suppress(RuntimeError):
+                torch._C._cuda_endAllocateToPool(index, self._pool)
+            torch._C._cuda_releasePool(index, self._pool)
+            _BROKEN.append(graph)
 
 
 @contextlib.contextmanager

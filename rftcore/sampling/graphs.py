@@ -122,7 +122,8 @@ class Run:
         self._kept: dict[Hashable, Any] = {} if segments is None else segments._kept
         # The names met, the last of a row of equal ones.
         self._met: list[Hashable] = []
-        self._all_captured = True
+        self._all_captured, self._prepared = True, False
+        # The place of the last segment in the captured sequence.
         self._at = -1
 
     @property
@@ -221,9 +222,10 @@ class Run:
     def _capture(self, name: Hashable, work: Callable[[], T]) -> T:
         segments = self._segments
         try:
-            if self._at == 0:
+            if not self._prepared:
                 segments.recorder.prepare()
-            with _no_cached_casts():
+                self._prepared = True
+            with _no_foreign_casts():
                 replay, result = segments.recorder.capture(work)
         except Exception as error:
             # Without the traceback, which would keep alive what the failed capture allocated.
@@ -239,7 +241,7 @@ class Run:
         return self._as_it_is(work)
 
     def _as_it_is(self, work: Callable[[], T]) -> T:
-        with _no_cached_casts():
+        with _no_foreign_casts():
             return self._segments.recorder.warm_up(work)
 
 
@@ -278,11 +280,10 @@ class Graphs:
 
 
 @contextlib.contextmanager
-def _no_cached_casts() -> Iterator[None]:
-    """Autocast without its cache: a cast made outside of a segment would be read there for good, whatever was trained."""
-    before = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
+def _no_foreign_casts() -> Iterator[None]:
+    """Autocast's cache emptied before and after: a segment that read a cast made outside would read it for good."""
+    torch.clear_autocast_cache()
     try:
         yield
     finally:
-        torch.set_autocast_cache_enabled(before)
+        torch.clear_autocast_cache()
