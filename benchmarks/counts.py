@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+
+from rftcore.counting import flops_of
 
 
 class Counts(TorchDispatchMode):
@@ -17,7 +18,7 @@ class Counts(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         output = function(*args, **(kwargs or {}))
         self.calls += launches(function)
-        self.flops += _flops(function, args, kwargs or {}, output)
+        self.flops += flops_of(function, args, kwargs or {}, output)
         return output
 
 
@@ -29,13 +30,3 @@ def launches(function) -> bool:
     schema = function._schema
     views = (r.alias_info is not None and not r.alias_info.is_write for r in schema.returns)
     return not any(views) and not schema.name.startswith(_FREE)
-
-
-def _flops(function, args, kwargs, output) -> int:
-    name = function._schema.name
-    if "flash_attention_for_cpu" in name:  # without a formula in PyTorch's registry
-        products, (q, k) = (5, args[1:3]) if "backward" in name else (2, args[:2])
-        batch, heads, rows, width = q.shape
-        return products * 2 * batch * heads * rows * k.shape[2] * width
-    formula = flop_registry.get(function._overloadpacket)
-    return formula(*args, **kwargs, out_val=output) if formula else 0

@@ -1,100 +1,18 @@
-"""recompute="auto": which values of which layer are made again, by FLOPs a byte, so that a budget holds.
-
-All numbers come from shapes. A value that is made again costs the matrix products that make it, once; so each has its
-price in FLOPs a byte, and the cheapest are made again until what is kept fits.
-"""
+"""recompute="auto": which values of which layer are made again, the cheapest first, until a budget holds."""
 
 from __future__ import annotations
 
 import re
 import weakref
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils.flop_counter import flop_registry
+from torch.utils._python_dispatch import _disable_current_modes
 
-from rftcore.blocks import layers
-from rftcore.blocks.layers import Layer
-from rftcore.blocks.levels import is_boundary
-from rftcore.blocks.program import Program, plan
+from rftcore.blocks import costs, layers
+from rftcore.blocks.program import Program
 from rftcore.ops.autocast import lowered
-
-
-class Item(NamedTuple):
-    """Values of a layer that one step makes and that can be made again.
-
-    Attributes:
-        price: FLOPs a byte.
-        names: of the values.
-        bytes: that are not kept then.
-    """
-
-    price: float
-    names: tuple[str, ...]
-    bytes: int
-
-
-class Costs(NamedTuple):
-    """What a layer keeps where it makes nothing again (bytes), and what it could make again."""
-
-    kept: int
-    items: list[Item]
-
-
-class _FLOPs(TorchDispatchMode):
-    """Counts the FLOPs of matrix products and convolutions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.total = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        output = function(*args, **(kwargs or {}))
-        if formula := flop_registry.get(function._overloadpacket):
-            self.total += formula(*args, **(kwargs or {}), out_val=output)
-        return output
-
-
-def costs(layer: Layer, lower: torch.dtype | None) -> Costs:
-    """Sizes and prices of a layer's values, found by running it without data. All inputs want gradients."""
-    program = layer.program
-    needs = (*(name not in ("temb", "encoder_hidden_states") for name in program.inputs), *_wants(layer))
-    sizes: dict[str, int] = {}
-    flops: list[int] = []
-    values = dict(zip(program.inputs, layer.inputs, strict=True))
-    for name, tensor in values.items():
-        sizes[name] = tensor.nbytes
-    with torch.no_grad():
-        for step in program.steps:
-            own = [layer.parameters[i] for i in step.parameters]
-            with _FLOPs() as counted:
-                outputs, statistics, _ = step.kind.forward([values[name] for name in step.inputs], own, lower)
-            flops.append(counted.total)
-            for name, tensor in zip((*step.outputs, *step.statistics), (*outputs, *statistics), strict=True):
-                values[name], sizes[name] = tensor, tensor.nbytes
-
-    kept = plan(program, needs, frozenset()).kept
-    maker = {name: i for i, step in enumerate(program.steps) for name in step.outputs}
-
-    def flops_of(i: int, seen: set[int]) -> int:
-        """FLOPs of step i and of what it reads that is not kept."""
-        if i in seen:
-            return 0
-        seen.add(i)
-        unkept = (name for name in program.steps[i].inputs if name in maker and name not in kept)
-        return flops[i] + sum(flops_of(maker[name], seen) for name in unkept)
-
-    items = []
-    for i, step in enumerate(program.steps):
-        names = tuple(name for name in step.outputs if name in kept and not is_boundary(program, name))
-        if names:
-            freed = sum(sizes[name] for name in (*names, *(s for s in step.statistics if s in kept)))
-            items.append(Item(flops_of(i, set()) / freed, names, freed))
-    return Costs(sum(sizes[name] for name in kept if name not in layer.shared), items)
 
 
 class Choice(NamedTuple):
@@ -161,8 +79,8 @@ class Budget:
 
     def _choose(self, batch, height, width, dtype, lower) -> dict[str, Choice]:
         # Not for the eyes of a mode that counts or changes what the model does.
-        with _disable_current_modes(), sdpa_kernel(SDPBackend.MATH):
-            found = list(self._priced(batch, height, width, dtype, lower))
+        with _disable_current_modes():
+            found = list(costs.priced(self._model(), batch, height, width, dtype, lower))
         excess = sum(cost.kept for _, cost in found) - self._bytes
         least = -excess
         drops: dict[str, set[str]] = {layer.name: set() for layer, _ in found}
@@ -177,22 +95,9 @@ class Budget:
                 f"memory_budget={self._bytes / 2**20:.0f} MiB cannot be kept for an input of {batch} x {height} x "
                 f"{width}: the least is {(self._bytes - least) / 2**20:.0f} MiB. Raise it, or make the batch smaller."
             )
-        return {layer.name: Choice(layer.program, _wants(layer), frozenset(drops[layer.name])) for layer, _ in found}
-
-    def _priced(self, batch, height, width, dtype, lower) -> Iterator[tuple[Layer, Costs]]:
-        """The model's layers and their costs, each kind of layer counted once."""
-        known: dict[Any, Costs] = {}
-        for layer in layers.layers(self._model(), batch, height, width, dtype):
-            shapes = tuple((t.shape, t.dtype) for t in layer.inputs)
-            weights = tuple(None if p is None else (p.shape, p.dtype, p.requires_grad) for p in layer.parameters)
-            key = (layer.program, shapes, weights, layer.shared)
-            if key not in known:
-                known[key] = costs(layer, lower)
-            yield layer, known[key]
-
-
-def _wants(layer: Layer) -> tuple[bool, ...]:
-    return tuple(p is not None and p.requires_grad for p in layer.parameters)
+        return {
+            layer.name: Choice(layer.program, costs.wants(layer), frozenset(drops[layer.name])) for layer, _ in found
+        }
 
 
 def bytes_of(memory_budget: int | str) -> int:

@@ -1,0 +1,416 @@
+"""The memory plan of a sampling chain: which differentiated steps are stored, at which level, and which are replayed.
+
+A *stored* step keeps its graph from the sampling forward; a *replayed* one keeps only its state and is evaluated again
+in the backward. Both can make some of their values again. Bytes that are spent on a step save FLOPs at a price that
+falls along the convex hull of what can be had; all steps have the same hull, so they move along it together.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from rftcore.sampling.denoiser import Denoiser
+from rftcore.sampling.simulation import Level, Simulation, Step, Unpredictable
+
+# Steps of these modes run the UNet with a graph.
+_DIFFERENTIATED = ("full", "detach_x", "detach_input")
+_MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How a chain is differentiated.
+
+    A level is what the layers of the UNet make again: of a layer's name, the names of its values; or one of the levels
+    of `rftcore.accelerate`; or None, what the UNet was accelerated with.
+
+    Attributes:
+        batch: B, the images of the chain.
+        stored: for each step taken, the position in `levels` of the level that it is stored at; None where it is
+            replayed or has no gradient of the UNet. The stored steps are the last ones of those that have.
+        levels: of the stored steps.
+        replay_level: of the replayed steps.
+        replay_batch: how many images are replayed and backpropagated at a time.
+        differentiated: how many steps have a gradient of the UNet.
+        budget: bytes that the chain may take beyond what is there before it, None for a plan that was not predicted.
+        peak_bytes: predicted, of the chain and of what is reserved for decoding, beyond what is there before it; 0 for
+            a plan that was not predicted.
+        kept_bytes: of a step at each of `levels`.
+        extra_percent: FLOPs of what runs twice, in percent of the differentiated steps' forwards.
+        flops: of the chain, forward and backward.
+        reasons: why nothing is stored, where nothing could be predicted.
+    """
+
+    batch: int
+    stored: tuple[int | None, ...]
+    levels: tuple[Level, ...]
+    replay_level: Level
+    replay_batch: int
+    differentiated: int
+    budget: int | None = None
+    peak_bytes: int = 0
+    kept_bytes: tuple[int, ...] = ()
+    extra_percent: float = 100.0
+    flops: int = 0
+    reasons: tuple[str, ...] = ()
+
+    @classmethod
+    def replayed(cls, modes: Sequence[str], batch: int, reasons: Sequence[str] = (), budget: int | None = None) -> Plan:
+        """Every differentiated step replayed, the whole batch at once, as the UNet stands; nothing is predicted."""
+        count = sum(mode in _DIFFERENTIATED for mode in modes)
+        return cls(batch, (None,) * len(modes), (), None, batch, count, budget, reasons=tuple(reasons))
+
+    @property
+    def replays(self) -> int:
+        """How many steps are replayed."""
+        return self.differentiated - sum(level is not None for level in self.stored)
+
+    def smaller(self) -> Plan | None:
+        """The next plan to try where this one does not fit, None for the smallest.
+
+        Half of the stored steps are replayed, then replays are halved, then everything is made again that can be.
+        """
+        steps = [step for step, level in enumerate(self.stored) if level is not None]
+        change: dict[str, Any]
+        if steps:
+            replayed = set(steps[: -(len(steps) // 2) or None])
+            stored = tuple(None if step in replayed else level for step, level in enumerate(self.stored))
+            freed = sum(self.kept_bytes[self.stored[step]] for step in replayed)
+            change = {"stored": stored, "peak_bytes": max(0, self.peak_bytes - freed)}
+        elif self.replays and self.replay_batch > 1:
+            change = {"replay_batch": math.ceil(self.replay_batch / 2), "peak_bytes": 0}
+        elif self.replays and self.replay_level != "block":
+            change = {"replay_level": "block", "peak_bytes": 0}
+        else:
+            return None
+        return dataclasses.replace(self, **change)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {field.name: _plain(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Plan:
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: for values of another kind.
+        """
+        try:
+            values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+            levels = tuple(_level(level) for level in values.pop("levels"))
+            return cls(levels=levels, replay_level=_level(values.pop("replay_level")), **values)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"values is not a Plan.to_dict(): {error}.") from error
+
+    def __str__(self) -> str:
+        lines = []
+        for level, kept in enumerate(self.kept_bytes):
+            if count := self.stored.count(level):
+                lines.append(f"{count} stored at {kept / _MIB:.0f} MiB")
+        if self.replays:
+            together = (
+                "" if self.replay_batch == self.batch else f", {self.replay_batch} of {self.batch} images at a time"
+            )
+            lines.append(f"{self.replays} replayed{together}")
+        text = f"of {len(self.stored)} steps {self.differentiated} differentiated: {', '.join(lines) or 'none'}"
+        if self.peak_bytes:
+            of = "" if self.budget is None else f" of {self.budget / 2**30:.2f}"
+            text += f"; peak {self.peak_bytes / 2**30:.2f}{of} GiB; {self.extra_percent:.1f}% of the forwards run again"
+        return text + "".join(f"; {reason}" for reason in self.reasons)
+
+
+def make_plan(
+    denoiser: Denoiser,
+    conditioning: Mapping[str, Tensor],
+    *,
+    batch: int,
+    height: int,
+    width: int,
+    guided: bool,
+    modes: Sequence[str],
+    budget: int,
+    reserve: int = 0,
+) -> Plan:
+    """The plan of the fewest FLOPs under a budget.
+
+    Args:
+        conditioning: the UNet's other inputs by name, as `Conditioning.joined` gives them; only the shape of a row and
+            the dtype count.
+        batch: B, the images of the chain.
+        height, width: of the latents.
+        guided: whether both branches of guidance are run.
+        modes: of every step taken, `GradientPath.effective_modes`.
+        budget: bytes that the chain may take beyond what is there before it.
+        reserve: bytes of `budget` for what comes between the chain and its backward: decoding and the reward.
+
+    Raises:
+        ValueError: for a budget below the least that is needed.
+    """
+    if not any(mode in _DIFFERENTIATED for mode in modes):
+        return Plan.replayed(modes, batch, budget=budget)
+    try:
+        simulation = Simulation(denoiser, conditioning, height, width, guided=guided)
+        return Planner(simulation, batch, modes, reserve).plan(budget)
+    except Unpredictable as reason:
+        return Plan.replayed(modes, batch, [str(reason)], budget)
+
+
+class _Point(NamedTuple):
+    """One way to differentiate a step.
+
+    Attributes:
+        kept: bytes between forward and backward.
+        extra: FLOPs that run again.
+        count: how many of the priced items are made again; None: replayed.
+    """
+
+    kept: int
+    extra: float
+    count: int | None
+
+
+class _Replay(NamedTuple):
+    """How steps are replayed: so many images at a time, so many items made again."""
+
+    images: int
+    count: int
+    peak: int
+    extra: float
+
+
+class Planner:
+    """Plans of one chain for any budget.
+
+    Args:
+        simulation: of the UNet.
+        batch, modes, reserve: as in `make_plan`.
+
+    Raises:
+        Unpredictable: as the simulation does.
+    """
+
+    def __init__(self, simulation: Simulation, batch: int, modes: Sequence[str], reserve: int = 0) -> None:
+        self.simulation, self.batch, self.modes, self.reserve = simulation, batch, tuple(modes), reserve
+        self.steps = [step for step, mode in enumerate(modes) if mode in _DIFFERENTIATED]
+        self._items = sorted(simulation.priced(batch), key=lambda pair: pair[1].price)
+        self._freed = [0, *itertools.accumulate(item.bytes for _, item in self._items)]
+        self._extra = [0.0, *itertools.accumulate(item.price * item.bytes for _, item in self._items)]
+        # States and their stack, the noise and the model's output of a step; outputs that are kept.
+        latents = 2 * (len(modes) + 1) + 4 + 2 * self.modes.count("detach_eps")
+        self.fixed = latents * simulation.latent_bytes(batch)
+        self._simulated: dict[int, Step] = {}
+
+    def level(self, count: int) -> Level:
+        """What the layers make again where the cheapest `count` items are."""
+        if not self.simulation.accelerated:
+            return None
+        names: dict[str, list[str]] = {}
+        for layer, item in self._items[:count]:
+            names.setdefault(layer, []).extend(item.names)
+        return {layer: tuple(values) for layer, values in names.items()}
+
+    def step(self, count: int) -> Step:
+        """A step of the whole batch that makes the cheapest `count` items again."""
+        if count not in self._simulated:
+            self._simulated[count] = self.simulation.step(self.batch, self.level(count))
+        return self._simulated[count]
+
+    def kept(self, count: int) -> int:
+        """Bytes that such a step keeps."""
+        return self.step(0).kept - self._freed[count]
+
+    @property
+    def most(self) -> int:
+        """How many items there are to be made again."""
+        return len(self._items)
+
+    def plan(self, budget: int) -> Plan:
+        """The plan of the fewest FLOPs. Raises: ValueError for a budget below the least."""
+        replay = self._replay(budget)
+        plan = self._assembled([None] * len(self.steps), replay, budget)
+        if self.fixed + max(self.reserve, self._backward_transient(self.most)) >= budget:
+            return plan
+        room = budget - self.fixed - max(self.reserve, self._backward_transient(self.most))
+        for _ in range(6):
+            tried = self._assembled(self._spread(room, replay), replay, budget)
+            fits = tried.peak_bytes <= budget
+            if fits and tried.extra_percent <= plan.extra_percent:
+                plan = tried
+            slack = budget - tried.peak_bytes
+            # Making fewer things again takes less at a time, which leaves room to keep more.
+            if fits and slack < max(1, budget // 500):
+                break
+            room += slack
+        return plan
+
+    def least(self) -> dict[str, int]:
+        """The least bytes of each part of the chain, of which the largest must fit the budget."""
+        smallest = self.simulation.step(1, self.level(self.most))
+        return {
+            "a sampling step": self.fixed + self.simulation.forward(self.batch).peak,
+            "decoding and reward": self.fixed + self.reserve,
+            "a replay of one image": self.fixed + self.simulation.trained_bytes + smallest.backward_peak,
+        }
+
+    def _replay(self, budget: int) -> _Replay:
+        """The replay of the fewest FLOPs, in the fewest pieces. Raises: ValueError where none fits."""
+        room = budget - self.fixed - self.simulation.trained_bytes
+        if self.simulation.forward(self.batch).peak + self.fixed > budget or self.fixed + self.reserve > budget:
+            raise ValueError(self._too_small(budget))
+        whole = self.step(0)
+        if whole.backward_peak <= room:
+            return _Replay(self.batch, 0, whole.backward_peak, 0.0)
+        one = self.simulation.step(1, self.level(0))
+        if one.backward_peak <= room and self.batch > 1:
+            more = (whole.backward_peak - one.backward_peak) / (self.batch - 1)
+            images = min(self.batch - 1, 1 + int((room - one.backward_peak) / more))
+            for images in range(images, 0, -1):
+                # As many in each piece as in the others, as far as that goes.
+                even = math.ceil(self.batch / math.ceil(self.batch / images))
+                peak = self.simulation.step(even, self.level(0)).backward_peak
+                if peak <= room:
+                    return _Replay(even, 0, peak, 0.0)
+        # One image at a time, and what is made again besides.
+        count = 0
+        while one.backward_peak > room:
+            if count == self.most:
+                raise ValueError(self._too_small(budget))
+            excess = (one.backward_peak - room) * self.batch
+            count = min(self.most, bisect.bisect_left(self._freed, self._freed[count] + excess, count + 1))
+            one = self.simulation.step(1, self.level(count))
+        return _Replay(1, count, one.backward_peak, self._extra[count])
+
+    def _spread(self, room: int, replay: _Replay) -> list[int | None]:
+        """For each differentiated step how many items it makes again, or None: replayed; they keep `room` together."""
+        whole = _Point(0, self.step(0).forward_flops + replay.extra, None)
+        stored = [_Point(self.kept(count), self._extra[count], count) for count in range(self.most, -1, -1)]
+        hull = _hull([whole, *stored])
+        steps, left = len(self.steps), room
+        points = [hull[0]] * steps
+        for here, there in itertools.pairwise(hull):
+            moved = min(steps, int(left // (there.kept - here.kept)))
+            points = [here] * (steps - moved) + [there] * moved
+            left -= moved * (there.kept - here.kept)
+            if moved < steps:
+                # What is left is one step's more.
+                possible = [p for p in stored if p.kept <= here.kept + left and p.extra < here.extra]
+                last = min(possible, key=lambda p: p.extra, default=here)
+                points[steps - moved - 1] = last
+                break
+        # The backward reaches the replayed ones last, when the memory of the others is free, and before them those
+        # that take more for what they make again.
+        return [point.count for point in sorted(points, key=lambda p: p.kept)]
+
+    def _assembled(self, counts: Sequence[int | None], replay: _Replay, budget: int) -> Plan:
+        """The plan that stores the steps so, and its predicted peak."""
+        used = sorted({count for count in counts if count is not None}, reverse=True)
+        stored: list[int | None] = [None] * len(self.modes)
+        for step, count in zip(self.steps, counts, strict=True):
+            stored[step] = None if count is None else used.index(count)
+        replays = counts.count(None)
+        forward = self.simulation.forward(self.batch).flops
+        extra = sum(forward + replay.extra if c is None else self._extra[c] for c in counts)
+        backward = self.step(0).backward_flops * len(self.steps)
+        return Plan(
+            batch=self.batch,
+            stored=tuple(stored),
+            levels=tuple(self.level(count) for count in used),
+            replay_level=self.level(replay.count),
+            replay_batch=replay.images,
+            differentiated=len(self.steps),
+            budget=budget,
+            peak_bytes=self._peak(counts, replay if replays else None),
+            kept_bytes=tuple(self.kept(count) for count in used),
+            extra_percent=100 * extra / (forward * len(self.steps)),
+            flops=round(forward * len(self.modes) + backward + extra),
+        )
+
+    def _peak(self, counts: Sequence[int | None], replay: _Replay | None) -> int:
+        """The largest sum of bytes at any time in the chain."""
+        while True:
+            count, peak = max(self._timeline(counts, replay), key=lambda event: event[1])
+            if count is None or count in self._simulated:
+                return peak
+            # Only a bound so far, of a level that makes more again.
+            self.step(count)
+
+    def _timeline(self, counts: Sequence[int | None], replay: _Replay | None) -> Iterator[tuple[int | None, int]]:
+        """Bytes at the peaks of the chain's parts, each with the level whose transients they are a bound for."""
+        sampling = self.simulation.forward(self.batch).peak
+        gradients = self.simulation.trained_bytes
+        count_of, live = dict(zip(self.steps, counts, strict=True)), self.fixed
+        for step in range(len(self.modes)):
+            count = count_of.get(step)
+            yield (None, live + sampling) if count is None else (count, live + self._forward_transient(count))
+            live += 0 if count is None else self.kept(count)
+        yield None, live + self.reserve
+        for step in reversed(self.steps):
+            count = count_of[step]
+            if count is not None:
+                yield count, live + self._backward_transient(count)
+                live -= self.kept(count)
+            elif replay is not None:
+                yield None, live + gradients + replay.peak
+
+    def _forward_transient(self, count: int) -> int:
+        """Bytes at the peak of a stored step's forward, a bound where that level was not simulated."""
+        simulated = self.step(self._above(count))
+        return self.kept(count) + simulated.forward_peak - simulated.kept
+
+    def _backward_transient(self, count: int) -> int:
+        """Bytes that a stored step's backward takes beyond what it keeps, likewise."""
+        simulated = self.step(self._above(count))
+        return simulated.backward_peak - simulated.kept + self.simulation.trained_bytes
+
+    def _above(self, count: int) -> int:
+        """The next level that was simulated and makes as much again or more: transients grow with that."""
+        return min((known for known in self._simulated if known >= count), default=self.most)
+
+    def _too_small(self, budget: int) -> str:
+        least = self.least()
+        part = max(least, key=least.__getitem__)
+        advice = {
+            "a sampling step": "make the batch or the resolution smaller",
+            "decoding and reward": "decode fewer images at a time, or give less to the reward",
+            "a replay of one image": "make the resolution smaller",
+        }[part]
+        if not self.simulation.accelerated:
+            advice += ", or keep less: rftcore.accelerate(unet)"
+        return (
+            f"memory_budget={budget / _MIB:.0f} MiB is too small for {self.batch} images: the least is "
+            f"{math.ceil(least[part] / _MIB)} MiB, for {part}. Raise it, or {advice}."
+        )
+
+
+def _hull(points: Sequence[_Point]) -> list[_Point]:
+    """The vertices of the lower convex hull, from the one that keeps least."""
+    hull: list[_Point] = []
+    for point in points:
+        if hull and (point.kept <= hull[-1].kept or point.extra >= hull[-1].extra):
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _slope(a: _Point, b: _Point) -> float:
+    return (b.extra - a.extra) / (b.kept - a.kept)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(inner) for name, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, tuple) else value
+
+
+def _level(level: Any) -> Level:
+    return {name: tuple(values) for name, values in level.items()} if isinstance(level, Mapping) else level

@@ -1,0 +1,248 @@
+"""Evaluations of a UNet on tensors without data, that take no memory: their bytes and FLOPs, counted."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from accelerate.state import AcceleratorState
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
+from torch.nn.modules import module as globals_of_modules
+from torch.utils._python_dispatch import _disable_current_modes
+
+import rftcore.blocks as blocks
+from rftcore.blocks import costs
+from rftcore.blocks.served import served
+from rftcore.counting import FLOPs, PeakBytes
+from rftcore.sampling.denoiser import Denoiser
+
+# Of a layer's name, the values that it makes again; the name of one of the blocks' levels; None: as it stands.
+Level = Mapping[str, tuple[str, ...]] | str | None
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Unpredictable(Exception):
+    """Why an evaluation cannot be counted without running it."""
+
+
+class Forward(NamedTuple):
+    """An evaluation without a graph.
+
+    Attributes:
+        flops: of its matrix products, convolutions and attentions.
+        peak: bytes at its largest, beyond what was there before; its output is among them.
+    """
+
+    flops: int
+    peak: int
+
+
+class Step(NamedTuple):
+    """An evaluation with a graph, and its backward.
+
+    Attributes:
+        kept: bytes between the two.
+        forward_peak, backward_peak: bytes at their largest, beyond what was there before the forward.
+        forward_flops, backward_flops: the backward's with what it makes again.
+    """
+
+    kept: int
+    forward_peak: int
+    backward_peak: int
+    forward_flops: int
+    backward_flops: int
+
+
+class Simulation:
+    """A UNet's twin, whose tensors have shapes and dtypes and no data.
+
+    It evaluates as the sampler does, under the autocast and the attention kernels that hold where it is called. The
+    UNet itself is not run.
+
+    Args:
+        denoiser: of the UNet.
+        conditioning: the UNet's other inputs by name, as for `Denoiser`; only the shape of a row and the dtype count.
+        height, width: of the latents.
+        guided: whether both branches of guidance are run.
+
+    Raises:
+        Unpredictable: for a UNet that does more than its modules' own forwards.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, conditioning: Mapping[str, Tensor], height: int, width: int, *, guided: bool
+    ) -> None:
+        if reasons := unpredictable_reasons(denoiser.module):
+            raise Unpredictable("; ".join(reasons))
+        self._mode = FakeTensorMode()
+        self._denoiser = copy.copy(denoiser)
+        self.model = self._denoiser.model = self._denoiser.module = _twin(denoiser.model, self._mode)
+        self._autocast = _autocast(denoiser)
+        self.accelerated = any(served(module) for module in self.model.modules())
+        if self.accelerated:
+            # The backend that was asked for may serve the device only.
+            blocks.accelerate(self.model)
+        self._conditioning = {name: (tuple(t.shape[1:]), t.dtype) for name, t in conditioning.items()}
+        self._size = height, width
+        self._rows = 2 if guided else 1
+        self._guided = guided
+        self._forwards: dict[int, Forward] = {}
+        self._steps: dict = {}
+
+    def forward(self, images: int) -> Forward:
+        """One evaluation of `images` latents without a graph."""
+        if images not in self._forwards:
+            with self._world(), torch.no_grad():
+                x, t, conditioning = self._inputs(images)
+                with FLOPs() as counted, PeakBytes() as live:
+                    self._denoiser(x, t, conditioning, guided=self._guided)
+            self._forwards[images] = Forward(counted.total, live.peak)
+        return self._forwards[images]
+
+    def step(self, images: int, level: Level) -> Step:
+        """One evaluation of `images` latents and the gradients of latents and parameters."""
+        key = images, level if level is None or isinstance(level, str) else tuple(sorted(level.items()))
+        if key not in self._steps:
+            with self._world(), torch.enable_grad(), self._recompute(level):
+                self._steps[key] = self._count(images)
+        return self._steps[key]
+
+    def _count(self, images: int) -> Step:
+        x, t, conditioning = self._inputs(images)
+        wanted = [x.requires_grad_(), *(p for p in self.model.parameters() if p.requires_grad)]
+        with PeakBytes() as live:
+            with FLOPs() as forward:
+                output = self._denoiser(x, t, conditioning, guided=self._guided)
+            kept, forward_peak = live.live, live.peak
+            live.peak = 0
+            grad = torch.empty_like(output)
+            with FLOPs() as backward:
+                torch.autograd.grad(output, wanted, grad, allow_unused=True)
+        return Step(kept, forward_peak, live.peak, forward.total, backward.total)
+
+    def priced(self, images: int) -> list[tuple[str, costs.Item]]:
+        """The layers' values that can be made again, each with its layer's name; none where nothing is accelerated."""
+        if not self.accelerated:
+            return []
+        size = images * self._rows, *self._size
+        with _disable_current_modes():
+            found = list(costs.priced(self.model, *size, self._denoiser.dtype, self._autocast))
+        return [(layer.name, item) for layer, cost in found for item in cost.items]
+
+    @property
+    def trained_bytes(self) -> int:
+        """Of the gradients' sums, in fp32 or wider."""
+        return sum(p.numel() * max(4, p.itemsize) for p in self.model.parameters() if p.requires_grad)
+
+    def latent_bytes(self, images: int) -> int:
+        """Of one state of the chain."""
+        height, width = self._size
+        return images * self._denoiser.config.in_channels * height * width * self._denoiser.state_dtype.itemsize
+
+    def _inputs(self, images: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        height, width = self._size
+        x = torch.empty(images, self._denoiser.config.in_channels, height, width, dtype=self._denoiser.state_dtype)
+        rows = images * self._rows
+        conditioning = {
+            name: torch.empty(rows, *shape, dtype=dtype) for name, (shape, dtype) in self._conditioning.items()
+        }
+        return x, torch.empty((), dtype=torch.int64), conditioning
+
+    @contextlib.contextmanager
+    def _world(self) -> Iterator[None]:
+        """Without the caller's modes, with our own."""
+        only_math = _cur_sdpa_kernel_backends() == [SDPBackend.MATH]
+        kernels = [SDPBackend.MATH] if only_math else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_disable_current_modes())
+            stack.enter_context(sdpa_kernel(kernels))
+            stack.enter_context(
+                torch.autocast("cpu", dtype=self._autocast, enabled=self._autocast is not None, cache_enabled=False)
+            )
+            stack.enter_context(self._mode)
+            try:
+                yield
+            except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
+                raise Unpredictable(
+                    f"it does not run on tensors without data: {type(error).__name__}: {error}"
+                ) from error
+
+    def _recompute(self, level: Level):
+        if level is None or not self.accelerated:
+            return contextlib.nullcontext()
+        return _recompute(self.model, level)
+
+
+@contextlib.contextmanager
+def _recompute(model: nn.Module, level: Mapping[str, tuple[str, ...]] | str) -> Iterator[None]:
+    """Sets what each layer of an accelerated model makes again."""
+    serving = next(served(module).place.serving for module in model.modules() if served(module))
+    before = serving.recompute, serving.budget
+    serving.recompute, serving.budget = (level, None) if isinstance(level, str) else ("auto", _Given(level))
+    try:
+        yield
+    finally:
+        serving.recompute, serving.budget = before
+
+
+class _Given:
+    def __init__(self, level: Mapping[str, tuple[str, ...]]) -> None:
+        self._level = level
+
+    def drop(self, name: str, *_) -> frozenset[str]:
+        return frozenset(self._level.get(name, ()))
+
+
+def unpredictable_reasons(module: nn.Module) -> list[str]:
+    """Why evaluations of a UNet, wrapped as it is, cannot be counted on tensors without data."""
+    if hasattr(module, "_orig_mod"):
+        return ["it is compiled, and the compiler decides what is kept"]
+    reasons = []
+    if any(getattr(globals_of_modules, f"_global{name}") for name in _HOOKS):
+        reasons.append("hooks for all modules are registered (torch.nn.modules.module)")
+    for name, child in module.named_modules():
+        own_forward = "forward" in child.__dict__ and served(child) is None and not _is_prepared(child)
+        if any(child.__dict__[hooks] for hooks in _HOOKS) or own_forward:
+            what = "a forward of its own" if own_forward else "hooks"
+            reasons.append(f"{name or 'the UNet'} has {what}, which are not to be called without data")
+            break
+    strange = [name for name, p in module.named_parameters() if type(p) not in (Tensor, nn.Parameter, FakeTensor)]
+    if strange:
+        reasons.append(f"{strange[0]} is no plain parameter")
+    return reasons
+
+
+def _is_prepared(module: nn.Module) -> bool:
+    """Whether the library accelerate has put its autocast around the module's forward."""
+    return "_original_forward" in module.__dict__ and "_hf_hook" not in module.__dict__
+
+
+def _autocast(denoiser: Denoiser) -> torch.dtype | None:
+    """The dtype that autocast lowers to in the UNet's evaluations."""
+    kind = denoiser.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    if any(_is_prepared(module) for module in (denoiser.module, denoiser.model)):
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(AcceleratorState().mixed_precision)
+    return None
+
+
+def _twin(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy of the model whose parameters and buffers have no data."""
+    fakes: dict[int, Tensor] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        with mode:
+            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        if isinstance(tensor, nn.Parameter):
+            fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        fakes[id(tensor)] = fake
+    twin = copy.deepcopy(model, fakes)
+    if _is_prepared(twin):
+        del twin.forward
+    return twin
