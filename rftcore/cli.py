@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from rftcore import __version__
+from rftcore import __version__, sample_options
 from rftcore.prompts import PromptsError
 from rftcore.rewards import RewardSpecError
 from rftcore.training import recipes
-from rftcore.training.config import ALGORITHMS
+from rftcore.training.config import ALGORITHMS, RunConfig
 from rftcore.training.errors import Interrupted, RunError, UsageError, nearest
 from rftcore.training.parsing import add_options, build
 
@@ -65,6 +65,18 @@ def _parser() -> ArgumentParser:
         _subparser("What was built, and which backend serves each op here."),
         help="what was built, and which backend serves each op here",
     )
+
+    check = _subparser("One training step and one evaluation of a run, measured; writes nothing.")
+    commands.add_subcommand("check", check, help="measure a run's memory and seconds before it is started")
+    checked = check.add_subcommands(required=True, dest="algorithm")
+    for name, kind in ALGORITHMS.items():
+        algorithm = _subparser(kind.__doc__)
+        add_options(algorithm, kind)
+        checked.add_subcommand(name, algorithm, help=kind.__doc__)
+
+    sample = _subparser(sample_options.SampleOptions.__doc__)
+    sample_options.add_options(sample)
+    commands.add_subcommand("sample", sample, help="sample images from prompts")
     return parser
 
 
@@ -125,13 +137,31 @@ def _run(namespace) -> int:
             print(f"{name:<16} {recipes.description(name)}")
     elif namespace.command == "configs":
         print(f"wrote {recipes.copy(namespace.configs.cp.name, namespace.configs.cp.target)}")
+    elif namespace.command == "sample":
+        options = sample_options.SampleOptions(**namespace.sample.as_dict())
+        options.validate()
+        _quieten_libraries()
+        from rftcore.sample_command import sample
+
+        print(f"written to {sample(options)}")
+    elif namespace.command == "check":
+        config = _run_config(namespace.check)
+        _quieten_libraries()
+        from rftcore.training.check import check
+
+        check(config)
     else:
-        algorithm = namespace.train.algorithm
-        values = namespace.train[algorithm].as_dict()
-        config = build(ALGORITHMS[algorithm], {key: value for key, value in values.items() if key != "config"})
+        config = _run_config(namespace.train)
         # Only now is torch worth its seconds: the request is known to be sound.
         _quieten_libraries()
         from rftcore.training.trainer import Trainer
 
         Trainer(config).train()
     return 0
+
+
+def _run_config(namespace) -> RunConfig:
+    """The config that the options after `train` or `check` describe."""
+    algorithm = namespace.algorithm
+    values = namespace[algorithm].as_dict()
+    return build(ALGORITHMS[algorithm], {key: value for key, value in values.items() if key != "config"})

@@ -1,0 +1,272 @@
+"""`rftcore check`: one training step and one evaluation of a run, measured before it is started."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import StableDiffusionPipeline
+
+from rftcore.sampling import RewardError
+from rftcore.training import checkpoint, lora
+from rftcore.training.accounting import GIB, peak_gib
+from rftcore.training.config import RunConfig
+from rftcore.training.errors import RunError
+from rftcore.training.guards import check_adapters_learn, trainable_lora_layers
+from rftcore.training.trainer import Trainer
+from rftcore.training.validation import Mean
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What was measured, the largest of all processes where they differ.
+
+    Units: seconds; GiB, the most that was held from the start to the end of each phase (CUDA: reserved by the allocator;
+    elsewhere the process's resident memory); reward points.
+
+    Attributes:
+        phases_s: of one step's sampling, reward and training, in a step after the first.
+        step_s: of that whole step.
+        first_step_s: of the first step, with what is compiled, measured and allocated once.
+        peak_gib: by phase, in their order.
+        optimizer_gib: what the optimizer will hold besides; it takes no step here.
+        adapted, learning: modules with an adapter, and those of them that receive a gradient.
+        broken: why the run would stop in its first step, or None.
+    """
+
+    phases_s: dict[str, float]
+    load_s: float
+    first_step_s: float
+    step_s: float
+    validation_s: float
+    checkpoint_s: float
+    peak_gib: dict[str, float]
+    optimizer_gib: float
+    samples: int
+    validation_images: int
+    rewards: dict[str, float]
+    saturated: float
+    adapted: int
+    learning: int
+    broken: str | None
+
+
+def check(
+    config: RunConfig,
+    *,
+    reward: Callable | None = None,
+    held_out_reward: Callable | None = None,
+    pipeline: StableDiffusionPipeline | None = None,
+) -> Figures:
+    """Builds the run, takes two training steps without an optimizer, evaluates once, and prints what that took.
+
+    The output folder is neither read nor written. The arguments are the trainer's.
+
+    Raises:
+        RunError: where the run would fail in its first step, after the figures are printed.
+        UsageError, rftcore.rewards.RewardSpecError, rftcore.prompts.PromptsError: as the trainer.
+    """
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="rftcore-check-") as folder:
+        trainer = Trainer(
+            _elsewhere(config, Path(folder, "run")), reward=reward, held_out_reward=held_out_reward, pipeline=pipeline
+        )
+        trainer.engine.clock.take()
+        figures = _Measurement(trainer, Path(folder), time.perf_counter() - started).run()
+    if trainer.accelerator.is_main_process:
+        print(report(config, figures), flush=True)
+    trainer.accelerator.end_training()
+    if figures.broken is not None:
+        raise RunError(figures.broken)
+    return figures
+
+
+def _elsewhere(config: RunConfig, folder: Path) -> RunConfig:
+    """The same run as a new one in a folder of its own: the real one may be running, or wait to be resumed."""
+    config = copy.deepcopy(config)
+    config.output_dir, config.resume_from_checkpoint = str(folder), None
+    return config
+
+
+class _Measurement:
+    def __init__(self, trainer: Trainer, folder: Path, load_s: float) -> None:
+        self.trainer, self.engine, self.folder = trainer, trainer.engine, folder
+        self.device = trainer.accelerator.device
+        self.load_s = self._most(load_s)
+        self.peaks: dict[str, float] = {}
+        self.phase = "loading"
+        self._note_peak()
+
+    def run(self) -> Figures:
+        try:
+            return self._run()
+        except torch.OutOfMemoryError as error:
+            config = self.engine.config
+            raise RunError(
+                f"{self.device} ran out of memory in {self.phase}: lower train.batch_size={config.train.batch_size} or "
+                f"raise train.gradient_accumulation_steps={config.train.gradient_accumulation_steps}, lower "
+                f"reward.images_per_call={config.reward.images_per_call}, eval.batch_size={config.eval.batch_size} or "
+                f"sampling.resolution, or set mixed_precision=bf16 ({error})"
+            ) from error
+        except RewardError as error:
+            raise RunError(str(error)) from error
+
+    def _run(self) -> Figures:
+        engine, trainer = self.engine, self.trainer
+        self.phase = "a training step"
+        first_s, _ = self._step(1)
+        learning = self._learning()
+        broken = self._why_broken()
+        trainer.optimizer.zero_grad()
+        engine.clock.take()
+        step_s, record = self._step(2)
+        phases = {name: self._most(seconds) for name, seconds in sorted(engine.clock.take().items())}
+        trainer.optimizer.zero_grad()
+        gather = trainer.accelerator.gather
+        scores = gather(torch.stack([record.rewards, record.saturated], dim=1)).double().cpu()  # (B, 2)
+        self._note_peak()
+        self.phase = "validation"
+        started = time.perf_counter()
+        by_judge, _ = trainer.validation()
+        validation_s = self._most(time.perf_counter() - started)
+        self._note_peak()
+        return Figures(
+            phases_s=phases,
+            load_s=self.load_s,
+            first_step_s=first_s,
+            step_s=step_s,
+            validation_s=validation_s,
+            checkpoint_s=self._checkpoint_s(),
+            peak_gib=self.peaks,
+            optimizer_gib=self._optimizer_gib(),
+            samples=len(scores),
+            validation_images=len(trainer.validation.prompts),
+            rewards={name: Mean.of(values).mean for name, values in by_judge.items()},
+            saturated=float(scores[:, 1].mean()),
+            adapted=len(trainable_lora_layers(engine.model)),
+            learning=learning,
+            broken=broken,
+        )
+
+    def _step(self, step: int):
+        """Seconds and record of one optimizer step, but for the optimizer's own part."""
+        self.engine.unet.train()
+        self._wait()
+        started = time.perf_counter()
+        record = self.trainer.method.accumulate_gradients(step)
+        self._wait()
+        return self._most(time.perf_counter() - started), record
+
+    def _learning(self) -> int:
+        """How many adapted modules have a gradient that is not zero."""
+        return sum(
+            any(p.grad is not None and bool(p.grad.any()) for p in layer.parameters() if p.requires_grad)
+            for layer in trainable_lora_layers(self.engine.model).values()
+        )
+
+    def _why_broken(self) -> str | None:
+        gradients = [p.grad for p in lora.trainable(self.engine.model).values() if p.grad is not None]
+        # With fp16's loss scaling an overflow is expected now and then, and skipped.
+        if self.trainer.accelerator.scaler is None and not all(bool(g.isfinite().all()) for g in gradients):
+            return (
+                "step 1: a gradient is NaN or inf; set mixed_precision=no, or look for a square root, norm or logarithm "
+                "at zero in the reward"
+            )
+        part = self.engine.parts(1)[0]
+        try:
+            check_adapters_learn(
+                self.engine.model,
+                lambda: self.engine.sample(self.trainer.method.sampler, part.prompts, part.generators),
+            )
+        except RunError as error:
+            return str(error)
+        return None
+
+    def _checkpoint_s(self) -> float:
+        """Of one checkpoint, in the system's temporary folder; only the main process writes them."""
+        trainer = self.trainer
+        if not trainer.accelerator.is_main_process:
+            return self._most(0.0)
+        trained = checkpoint.Trained(
+            self.engine.model, trainer.optimizer, trainer.lr_scheduler, trainer.accelerator.scaler
+        )
+        started = time.perf_counter()
+        checkpoint.save(self.folder, trained, trainer.progress, self.engine.config)
+        return self._most(time.perf_counter() - started)
+
+    def _optimizer_gib(self) -> float:
+        """AdamW's two moments of every trained parameter."""
+        return sum(2 * p.nbytes for p in lora.trainable(self.engine.model).values()) / GIB
+
+    def _note_peak(self) -> None:
+        if self.device.type == "cuda":
+            own = torch.cuda.max_memory_reserved(self.device) / GIB
+        else:
+            own = peak_gib(self.device)
+        self.peaks[self.phase] = self._most(own)
+
+    def _most(self, value: float) -> float:
+        """The largest of all processes'."""
+        own = torch.tensor([value], device=self.device, dtype=torch.float32)
+        return float(self.trainer.accelerator.gather(own).max())
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def evaluations(config: RunConfig) -> int:
+    """How often a whole run evaluates: before, every `eval.validation_steps`, and after."""
+    last, every = config.train.max_train_steps, config.eval.validation_steps
+    return 2 if every is None else 2 + (last - 1) // every
+
+
+def checkpoints(config: RunConfig) -> int:
+    """How many checkpoints a whole run writes: every `checkpointing_steps`, and at the end."""
+    return 1 + (config.train.max_train_steps - 1) // config.checkpointing_steps
+
+
+def whole_run_s(config: RunConfig, figures: Figures) -> float:
+    """Seconds from the start of a run to its end, as the figures promise."""
+    steps = config.train.max_train_steps
+    return (
+        figures.load_s
+        + figures.first_step_s
+        + (steps - 1) * figures.step_s
+        + evaluations(config) * figures.validation_s
+        + checkpoints(config) * figures.checkpoint_s
+    )
+
+
+def report(config: RunConfig, figures: Figures) -> str:
+    """The figures for a terminal."""
+    phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in figures.phases_s.items())
+    peaks = ", ".join(f"{phase} {gib:.2f}" for phase, gib in figures.peak_gib.items())
+    rewards = ", ".join(f"{name} {mean:.3f}" for name, mean in figures.rewards.items())
+    steps = config.train.max_train_steps
+    rows = {
+        "peak memory": f"{max(figures.peak_gib.values()):.2f} GiB (up to the end of: {peaks}); "
+        f"the optimizer adds {figures.optimizer_gib * 1024:.1f} MiB",
+        "step": f"{figures.step_s:.2f} s of {figures.samples} samples ({phases} s); the first took "
+        f"{figures.first_step_s:.2f} s",
+        "validation": f"{figures.validation_s:.2f} s of {figures.validation_images} images ({rewards} before training)",
+        "checkpoint": f"{figures.checkpoint_s:.2f} s",
+        "adapters": f"{figures.learning} of {figures.adapted} modules receive a gradient; "
+        f"{figures.saturated:.1%} of the samples' pixel values are clamped",
+        "whole run": f"{duration(whole_run_s(config, figures))}: {steps} steps, {evaluations(config)} validations, "
+        f"{checkpoints(config)} checkpoints, {figures.load_s:.1f} s to load",
+    }
+    return "\n".join(f"{name:<12} {row}" for name, row in rows.items())
+
+
+def duration(seconds: float) -> str:
+    """3725.0 -> "1 h 2 min"; seconds below ten minutes."""
+    if seconds < 600:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
