@@ -77,7 +77,7 @@ class StepTable:
             timesteps=self.timesteps[:stop],
             coefficients=coefficients,
             stochastic=stochastic,
-            input_scales=self.input_scales[:stop],
+            input_scales=self.input_scales[:stop].clone(),
         )
 
 
