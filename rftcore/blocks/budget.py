@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import weakref
 from typing import Any, NamedTuple
@@ -117,3 +118,11 @@ def bytes_of(memory_budget: int | str) -> int:
     unit = match[2] or "B"
     base = 1024 if "i" in unit else 1000
     return int(float(match[1]) * base ** " KMGT".index(unit[0] if unit != "B" else " "))
+
+
+def text_of(count: int) -> str:
+    """A number of bytes for people, such as "264 MiB" or "8.25 GiB", rounded up."""
+    unit = next(size for size in (2**30, 2**20, 2**10, 1) if count >= size or size == 1)
+    name = {2**30: "GiB", 2**20: "MiB", 2**10: "KiB", 1: "B"}[unit]
+    digits = 2 if unit == 2**30 else 0
+    return f"{math.ceil(count / unit * 10**digits) / 10**digits:.{digits}f} {name}"

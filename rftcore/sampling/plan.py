@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from rftcore.blocks.budget import text_of
 from rftcore.sampling.denoiser import Denoiser
 from rftcore.sampling.simulation import Level, Simulation, Step, Unpredictable
 
 # Steps of these modes run the UNet with a graph.
 _DIFFERENTIATED = ("full", "detach_x", "detach_input")
-_MIB = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +43,10 @@ class Plan:
         peak_bytes: predicted, of the chain and of what is reserved for decoding, beyond what is there before it; 0 for
             a plan that was not predicted.
         kept_bytes: of a step at each of `levels`.
-        extra_percent: FLOPs of what runs twice, in percent of the differentiated steps' forwards.
-        flops: of the chain, forward and backward.
+        level_extra: of a step at each of `levels`, the FLOPs that run twice, in percent of its forward.
+        replay_extra: the same of a replayed step, its second forward among them.
+        forward_flops: of one step.
+        plain_flops: of the chain, forward and backward, without what runs twice.
         reasons: why nothing is stored, where nothing could be predicted.
     """
 
@@ -57,8 +59,10 @@ class Plan:
     budget: int | None = None
     peak_bytes: int = 0
     kept_bytes: tuple[int, ...] = ()
-    extra_percent: float = 100.0
-    flops: int = 0
+    level_extra: tuple[float, ...] = ()
+    replay_extra: float = 100.0
+    forward_flops: int = 0
+    plain_flops: int = 0
     reasons: tuple[str, ...] = ()
 
     @classmethod
@@ -72,25 +76,39 @@ class Plan:
         """How many steps are replayed."""
         return self.differentiated - sum(level is not None for level in self.stored)
 
+    @property
+    def stored_bytes(self) -> int:
+        """What the stored steps keep together."""
+        return sum(self.kept_bytes[level] for level in self.stored if level is not None)
+
+    @property
+    def extra_percent(self) -> float:
+        """FLOPs that run twice, in percent of the differentiated steps' forwards."""
+        stored = sum(self.level_extra[level] for level in self.stored if level is not None)
+        return (stored + self.replays * self.replay_extra) / max(1, self.differentiated)
+
+    @property
+    def flops(self) -> int:
+        """Of the chain, forward and backward; 0 for a plan that was not predicted."""
+        return round(self.plain_flops + self.extra_percent / 100 * self.differentiated * self.forward_flops)
+
     def smaller(self) -> Plan | None:
         """The next plan to try where this one does not fit, None for the smallest.
 
-        Half of the stored steps are replayed, then replays are halved, then everything is made again that can be.
+        Half of the stored steps are replayed, then replays are halved, then everything is made again that can be. Its
+        peak is not predicted.
         """
         steps = [step for step, level in enumerate(self.stored) if level is not None]
-        change: dict[str, Any]
         if steps:
-            replayed = set(steps[: -(len(steps) // 2) or None])
-            stored = tuple(None if step in replayed else level for step, level in enumerate(self.stored))
-            freed = sum(self.kept_bytes[self.stored[step]] for step in replayed)
-            change = {"stored": stored, "peak_bytes": max(0, self.peak_bytes - freed)}
-        elif self.replays and self.replay_batch > 1:
-            change = {"replay_batch": math.ceil(self.replay_batch / 2), "peak_bytes": 0}
-        elif self.replays and self.replay_level != "block":
-            change = {"replay_level": "block", "peak_bytes": 0}
-        else:
-            return None
-        return dataclasses.replace(self, **change)
+            # The earlier ones: the backward comes to replays last.
+            kept = steps[math.ceil(len(steps) / 2) :]
+            stored = tuple(level if step in kept else None for step, level in enumerate(self.stored))
+            return dataclasses.replace(self, stored=stored, peak_bytes=0)
+        if self.replays and self.replay_batch > 1:
+            return dataclasses.replace(self, replay_batch=math.ceil(self.replay_batch / 2), peak_bytes=0)
+        if self.replays and self.replay_level == {}:
+            return dataclasses.replace(self, replay_level="block", peak_bytes=0)
+        return None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -111,19 +129,20 @@ class Plan:
             raise ValueError(f"values is not a Plan.to_dict(): {error}.") from error
 
     def __str__(self) -> str:
-        lines = []
+        parts = []
         for level, kept in enumerate(self.kept_bytes):
             if count := self.stored.count(level):
-                lines.append(f"{count} stored at {kept / _MIB:.0f} MiB")
+                parts.append(f"{count} stored at {text_of(kept)} each")
         if self.replays:
-            together = (
-                "" if self.replay_batch == self.batch else f", {self.replay_batch} of {self.batch} images at a time"
-            )
-            lines.append(f"{self.replays} replayed{together}")
-        text = f"of {len(self.stored)} steps {self.differentiated} differentiated: {', '.join(lines) or 'none'}"
+            pieces = "" if self.replay_batch == self.batch else f" {self.replay_batch} images at a time"
+            parts.append(f"{self.replays} replayed{pieces}")
+        text = f"{self.differentiated} of {len(self.stored)} steps differentiated, {self.batch} images"
+        text += f": {', '.join(parts)}" if parts else ""
         if self.peak_bytes:
-            of = "" if self.budget is None else f" of {self.budget / 2**30:.2f}"
-            text += f"; peak {self.peak_bytes / 2**30:.2f}{of} GiB; {self.extra_percent:.1f}% of the forwards run again"
+            within = "" if self.budget is None else f" within {text_of(self.budget)}"
+            text += f"; predicted peak {text_of(self.peak_bytes)}{within}"
+        if self.plain_flops:
+            text += f"; {self.extra_percent:.1f}% of the differentiated forwards' FLOPs run twice"
         return text + "".join(f"; {reason}" for reason in self.reasons)
 
 
@@ -316,9 +335,8 @@ class Planner:
         for step, count in zip(self.steps, counts, strict=True):
             stored[step] = None if count is None else used.index(count)
         replays = counts.count(None)
-        forward = self.simulation.forward(self.batch).flops
-        extra = sum(forward + replay.extra if c is None else self._extra[c] for c in counts)
-        backward = self.step(0).backward_flops * len(self.steps)
+        step = self.step(0)
+        sampling = self.simulation.forward(self.batch).flops * len(self.modes)
         return Plan(
             batch=self.batch,
             stored=tuple(stored),
@@ -329,8 +347,10 @@ class Planner:
             budget=budget,
             peak_bytes=self._peak(counts, replay if replays else None),
             kept_bytes=tuple(self.kept(count) for count in used),
-            extra_percent=100 * extra / (forward * len(self.steps)),
-            flops=round(forward * len(self.modes) + backward + extra),
+            level_extra=tuple(100 * self._extra[count] / step.forward_flops for count in used),
+            replay_extra=100 + 100 * replay.extra / step.forward_flops,
+            forward_flops=step.forward_flops,
+            plain_flops=sampling + step.backward_flops * len(self.steps),
         )
 
     def _peak(self, counts: Sequence[int | None], replay: _Replay | None) -> int:
@@ -385,8 +405,8 @@ class Planner:
         if not self.simulation.accelerated:
             advice += ", or keep less: rftcore.accelerate(unet)"
         return (
-            f"memory_budget={budget / _MIB:.0f} MiB is too small for {self.batch} images: the least is "
-            f"{math.ceil(least[part] / _MIB)} MiB, for {part}. Raise it, or {advice}."
+            f"memory_budget={text_of(budget)} is too small for {self.batch} images: the least is "
+            f"{text_of(least[part])}, for {part}. Raise it, or {advice}."
         )
 
 

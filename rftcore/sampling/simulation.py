@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,10 +15,10 @@ from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kerne
 from torch.nn.modules import module as globals_of_modules
 from torch.utils._python_dispatch import _disable_current_modes
 
-import rftcore.blocks as blocks
 from rftcore.blocks import costs
 from rftcore.blocks.served import served
 from rftcore.counting import FLOPs, PeakBytes
+from rftcore.sampling.decode import decode
 from rftcore.sampling.denoiser import Denoiser
 
 # Of a layer's name, the values that it makes again; the name of one of the blocks' levels; None: as it stands.
@@ -58,6 +58,11 @@ class Step(NamedTuple):
     forward_flops: int
     backward_flops: int
 
+    @property
+    def peak(self) -> int:
+        """Bytes at their largest in both."""
+        return max(self.forward_peak, self.backward_peak)
+
 
 class Simulation:
     """A UNet's twin, whose tensors have shapes and dtypes and no data.
@@ -83,11 +88,8 @@ class Simulation:
         self._mode = FakeTensorMode()
         self._denoiser = copy.copy(denoiser)
         self.model = self._denoiser.model = self._denoiser.module = _twin(denoiser.model, self._mode)
-        self._autocast = _autocast(denoiser)
+        self._autocast = _autocast(denoiser.module, denoiser.model)
         self.accelerated = any(served(module) for module in self.model.modules())
-        if self.accelerated:
-            # The backend that was asked for may serve the device only.
-            blocks.accelerate(self.model)
         self._conditioning = {name: (tuple(t.shape[1:]), t.dtype) for name, t in conditioning.items()}
         self._size = height, width
         self._rows = 2 if guided else 1
@@ -98,7 +100,7 @@ class Simulation:
     def forward(self, images: int) -> Forward:
         """One evaluation of `images` latents without a graph."""
         if images not in self._forwards:
-            with self._world(), torch.no_grad():
+            with _without_data(self._mode, self._autocast), torch.no_grad():
                 x, t, conditioning = self._inputs(images)
                 with FLOPs() as counted, PeakBytes() as live:
                     self._denoiser(x, t, conditioning, guided=self._guided)
@@ -109,22 +111,11 @@ class Simulation:
         """One evaluation of `images` latents and the gradients of latents and parameters."""
         key = images, level if level is None or isinstance(level, str) else tuple(sorted(level.items()))
         if key not in self._steps:
-            with self._world(), torch.enable_grad(), self._recompute(level):
-                self._steps[key] = self._count(images)
+            with _without_data(self._mode, self._autocast), torch.enable_grad(), _recompute(self.model, level):
+                x, t, conditioning = self._inputs(images)
+                wanted = [x.requires_grad_(), *(p for p in self.model.parameters() if p.requires_grad)]
+                self._steps[key] = _count(lambda: self._denoiser(x, t, conditioning, guided=self._guided), wanted)
         return self._steps[key]
-
-    def _count(self, images: int) -> Step:
-        x, t, conditioning = self._inputs(images)
-        wanted = [x.requires_grad_(), *(p for p in self.model.parameters() if p.requires_grad)]
-        with PeakBytes() as live:
-            with FLOPs() as forward:
-                output = self._denoiser(x, t, conditioning, guided=self._guided)
-            kept, forward_peak = live.live, live.peak
-            live.peak = 0
-            grad = torch.empty_like(output)
-            with FLOPs() as backward:
-                torch.autograd.grad(output, wanted, grad, allow_unused=True)
-        return Step(kept, forward_peak, live.peak, forward.total, backward.total)
 
     def priced(self, images: int) -> list[tuple[str, costs.Item]]:
         """The layers' values that can be made again, each with its layer's name; none where nothing is accelerated."""
@@ -154,35 +145,59 @@ class Simulation:
         }
         return x, torch.empty((), dtype=torch.int64), conditioning
 
-    @contextlib.contextmanager
-    def _world(self) -> Iterator[None]:
-        """Without the caller's modes, with our own."""
-        only_math = _cur_sdpa_kernel_backends() == [SDPBackend.MATH]
-        kernels = [SDPBackend.MATH] if only_math else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_disable_current_modes())
-            stack.enter_context(sdpa_kernel(kernels))
-            stack.enter_context(
-                torch.autocast("cpu", dtype=self._autocast, enabled=self._autocast is not None, cache_enabled=False)
-            )
-            stack.enter_context(self._mode)
-            try:
-                yield
-            except (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError) as error:
-                raise Unpredictable(
-                    f"it does not run on tensors without data: {type(error).__name__}: {error}"
-                ) from error
 
-    def _recompute(self, level: Level):
-        if level is None or not self.accelerated:
-            return contextlib.nullcontext()
-        return _recompute(self.model, level)
+def decoding(vae: nn.Module, height: int, width: int, *, images: int = 1, level: Level = None) -> Step:
+    """Decoding latents (images, C, height, width) to images, and the gradient of the latents.
+
+    Raises:
+        Unpredictable: for an autoencoder that does more than its modules' own forwards.
+    """
+    if reasons := unpredictable_reasons(vae):
+        raise Unpredictable("; ".join(reasons))
+    mode = FakeTensorMode()
+    twin = _twin(vae, mode)
+    with _without_data(mode, _autocast(vae)), torch.enable_grad(), _recompute(twin, level):
+        state = torch.promote_types(next(twin.parameters()).dtype, torch.float32)
+        latents = torch.empty(images, vae.config.latent_channels, height, width, dtype=state, requires_grad=True)
+        return _count(lambda: decode(twin, latents, images_per_call=images), [latents])
+
+
+def _count(evaluate: Callable[[], Tensor], wanted: Sequence[Tensor]) -> Step:
+    """What `evaluate` and the gradients of its output take."""
+    with PeakBytes() as live:
+        with FLOPs() as forward:
+            output = evaluate()
+        kept, forward_peak = live.live, live.peak
+        live.peak = 0
+        grad = torch.empty_like(output)
+        with FLOPs() as backward:
+            torch.autograd.grad(output, wanted, grad, allow_unused=True)
+    return Step(kept, forward_peak, live.peak, forward.total, backward.total)
 
 
 @contextlib.contextmanager
-def _recompute(model: nn.Module, level: Mapping[str, tuple[str, ...]] | str) -> Iterator[None]:
-    """Sets what each layer of an accelerated model makes again."""
-    serving = next(served(module).place.serving for module in model.modules() if served(module))
+def _without_data(mode: FakeTensorMode, autocast: torch.dtype | None) -> Iterator[None]:
+    """Runs the block in `mode`, without the caller's modes. Raises: Unpredictable for what does not run so."""
+    only_math = _cur_sdpa_kernel_backends() == [SDPBackend.MATH]
+    kernels = [SDPBackend.MATH] if only_math else [SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(sdpa_kernel(kernels))
+        stack.enter_context(torch.autocast("cpu", dtype=autocast, enabled=autocast is not None, cache_enabled=False))
+        stack.enter_context(mode)
+        try:
+            yield
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:
+            raise Unpredictable(f"it does not run on tensors without data: {type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def _recompute(model: nn.Module, level: Level) -> Iterator[None]:
+    """Sets what each layer makes again, where the model is accelerated."""
+    serving = next((served(module).place.serving for module in model.modules() if served(module)), None)
+    if serving is None or level is None:
+        yield
+        return
     before = serving.recompute, serving.budget
     serving.recompute, serving.budget = (level, None) if isinstance(level, str) else ("auto", _Given(level))
     try:
@@ -223,12 +238,12 @@ def _is_prepared(module: nn.Module) -> bool:
     return "_original_forward" in module.__dict__ and "_hf_hook" not in module.__dict__
 
 
-def _autocast(denoiser: Denoiser) -> torch.dtype | None:
-    """The dtype that autocast lowers to in the UNet's evaluations."""
-    kind = denoiser.device.type
+def _autocast(*modules: nn.Module) -> torch.dtype | None:
+    """The dtype that autocast lowers to in these modules' forwards."""
+    kind = next(modules[0].parameters()).device.type
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)
-    if any(_is_prepared(module) for module in (denoiser.module, denoiser.model)):
+    if any(_is_prepared(module) for module in modules):
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(AcceleratorState().mixed_precision)
     return None
 
@@ -245,4 +260,8 @@ def _twin(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     twin = copy.deepcopy(model, fakes)
     if _is_prepared(twin):
         del twin.forward
+    for module in twin.modules():
+        if ours := served(module):
+            # The backend that was asked for may serve the device only.
+            ours.place.serving.backends.clear()
     return twin
