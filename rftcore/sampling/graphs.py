@@ -170,6 +170,8 @@ class Run:
             self._met.append(name)
         if self._mode == "plain":
             return work()
+        if self._mode == "eager":
+            return self._as_it_is(work)
         if self._mode == "warm" and not (repeated and len(self._met) == 1):
             # It may yet be captured where it is met again at once.
             self._all_captured = len(self._met) == 1

@@ -1,0 +1,244 @@
+"""Captured graphs emulated on the CPU: operations are recorded, with their addresses in a pool that is really reused.
+
+What differs from CUDA is that nothing is faster. What does not: while a segment is captured nothing is executed; a
+launch repeats the operations on the addresses of then, whatever Python holds there by now; memory that was let go of is
+given to what is captured next; and what a capture forbids is an error.
+"""
+
+import contextlib
+import weakref
+
+import numpy
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+_ALIGNMENT = 64
+_WAITING = ("aten::_local_scalar_dense", "aten::equal", "aten::nonzero", "aten::is_nonzero", "aten::_unique2")
+_UNINITIALISED = (
+    "aten::empty",
+    "aten::empty_like",
+    "aten::empty_strided",
+    "aten::new_empty",
+    "aten::new_empty_strided",
+)
+
+
+class CaptureError(RuntimeError):
+    """What CUDA would refuse."""
+
+
+class RecordedGraphs:
+    """A `graphs.Recorder`.
+
+    Attributes:
+        calls: what the driver called, in order.
+        fail_at: the number of the capture that fails at its end, counted from 0.
+        live: bytes of the pool that something holds.
+        bytes: the most that the pool ever held at a time, with its gaps.
+    """
+
+    def __init__(self, size: int = 2**26) -> None:
+        # All bits set: NaN in every floating-point format.
+        self._memory = numpy.full(size, 255, numpy.uint8)
+        self._base = torch.from_numpy(self._memory)
+        self._blocks: dict[int, int] = {}
+        self._released: list[tuple[int, int]] = []
+        self._recording: list | None = None
+        self._leaves = WeakIdKeyDictionary()
+        self.calls: list[str] = []
+        self.fail_at: int | None = None
+        self.bytes = 0
+
+    @property
+    def live(self) -> int:
+        return sum(self._blocks.values())
+
+    def prepare(self) -> None:
+        self.calls.append("prepare")
+
+    def warm_up(self, work):
+        self.calls.append("warm up")
+        return work()
+
+    def capture(self, work):
+        self.calls.append("capture")
+        # What was let go of before is overwritten in a launch, too, as soon as this graph begins.
+        steps = [_Poison(*block) for block in self._released]
+        self._released.clear()
+        self._recording = steps
+        try:
+            with _Functions(self), _Operations(self):
+                result = work()
+            if self.calls.count("capture") - 1 == self.fail_at:
+                raise CaptureError("operation failed due to a previous error during capture")
+        finally:
+            self._recording = None
+        return (lambda: self._launch(steps)), result
+
+    def _launch(self, steps) -> None:
+        self.calls.append("launch")
+        with torch.no_grad():
+            for step in steps:
+                step.launch(self)
+
+    def allocate(self, size: int) -> torch.Tensor:
+        """A byte tensor in the pool, whose block is free again when its storage goes."""
+        size = -(-size // _ALIGNMENT) * _ALIGNMENT
+        offset = 0
+        for start in sorted(self._blocks):
+            if start - offset >= size:
+                break
+            offset = start + self._blocks[start]
+        if offset + size > len(self._memory):
+            raise torch.OutOfMemoryError("the emulated pool is full")
+        self._blocks[offset] = size
+        self.bytes = max(self.bytes, offset + size)
+        block = self._memory[offset : offset + size]
+        block.fill(255)
+        weakref.finalize(block, self._release, offset)
+        return torch.from_numpy(block)
+
+    def _release(self, offset: int) -> None:
+        block = offset, self._blocks.pop(offset)
+        if self._recording is not None:
+            self._recording.append(_Poison(*block))
+        else:
+            self._released.append(block)
+
+    def holds(self, tensor: torch.Tensor) -> bool:
+        address = tensor.untyped_storage().data_ptr() - self._base.data_ptr()
+        return 0 <= address < len(self._memory)
+
+    def remember(self, tensor: torch.Tensor):
+        """The tensor's address where it lies in the pool, so that recording does not keep it; else an alias of it."""
+        if not self.holds(tensor):
+            return tensor.detach()
+        start = tensor.untyped_storage().data_ptr() - self._base.data_ptr()
+        offset = start // tensor.element_size() + tensor.storage_offset()
+        return _Address(offset, tensor.dtype, tensor.size(), tensor.stride())
+
+    def at(self, address):
+        if not isinstance(address, _Address):
+            return address
+        empty = torch.empty(0, dtype=address.dtype)
+        return empty.set_(self._base.untyped_storage(), address.offset, address.size, address.stride)
+
+    def poison(self, offset: int, size: int) -> None:
+        self._memory[offset : offset + size] = 255
+
+
+class _Address:
+    def __init__(self, offset, dtype, size, stride) -> None:
+        self.offset, self.dtype, self.size, self.stride = offset, dtype, size, stride
+
+
+class _Poison:
+    def __init__(self, offset: int, size: int) -> None:
+        self.offset, self.size = offset, size
+
+    def launch(self, recorder: RecordedGraphs) -> None:
+        recorder.poison(self.offset, self.size)
+
+
+class _Operation:
+    """One operation on addresses; `made`: where it puts the outputs that are new, by their position."""
+
+    def __init__(self, function, arguments, made) -> None:
+        self.function, self.arguments, self.made = function, arguments, made
+        self._views = None
+
+    def launch(self, recorder: RecordedGraphs) -> None:
+        if self._views is None:
+            self._views = pytree.tree_map(recorder.at, (self.arguments, self.made))
+        (args, kwargs), made = self._views
+        outputs = pytree.tree_leaves(self.function(*args, **kwargs))
+        for position, view in made.items():
+            view.copy_(outputs[position])
+
+
+class _Operations(TorchDispatchMode):
+    """Records every operation that reaches the backends; executes none."""
+
+    def __init__(self, recorder: RecordedGraphs) -> None:
+        super().__init__()
+        self._recorder = recorder
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs, recorder, name = kwargs or {}, self._recorder, function._schema.name
+        if name in _WAITING:
+            raise CaptureError(f"{name} waits for a number, which is forbidden while a stream is captured")
+        if name == "aten::lift_fresh":
+            raise CaptureError("a tensor is copied from the host, which is forbidden while a stream is captured")
+        if torch.Tag.nondeterministic_seeded in function.tags and _drops(function, args, kwargs):
+            raise CaptureError(f"{name} draws random numbers, from a generator that no graph knows of")
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        arguments = pytree.tree_map_only(torch.Tensor, recorder.remember, (args, kwargs))
+        written = _written(function, args, kwargs)
+        with _unchanged(written):
+            outputs = function(*args, **kwargs)
+        leaves, spec = pytree.tree_flatten(outputs)
+        known = {t.untyped_storage().data_ptr() for t in tensors}
+        blocks, made = {}, {}
+        for i, leaf in enumerate(leaves):
+            if not isinstance(leaf, torch.Tensor) or leaf.untyped_storage().data_ptr() in known or leaf.numel() == 0:
+                continue
+            storage = leaf.untyped_storage()
+            if storage.data_ptr() not in blocks:
+                blocks[storage.data_ptr()] = recorder.allocate(storage.nbytes())
+            block = blocks[storage.data_ptr()].view(leaf.dtype)
+            leaves[i] = block.as_strided(leaf.size(), leaf.stride(), leaf.storage_offset())
+            made[i] = recorder.remember(leaves[i])
+        if (made and name not in _UNINITIALISED) or written:
+            recorder._recording.append(_Operation(function, arguments, made))
+        return pytree.tree_unflatten(leaves, spec)
+
+
+class _Functions(TorchFunctionMode):
+    """Refuses gradients of leaves from outside: autograd would accumulate them on the stream of their first use."""
+
+    def __init__(self, recorder: RecordedGraphs) -> None:
+        super().__init__()
+        self._leaves = recorder._leaves
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (torch.autograd.backward, torch.Tensor.backward):
+            raise CaptureError("a captured backward accumulates into .grad, which the caller may set to None")
+        if function is torch.autograd.grad:
+            inputs = args[1] if len(args) > 1 else kwargs["inputs"]
+            for leaf in pytree.tree_leaves(inputs):
+                if leaf.is_leaf and leaf not in self._leaves:
+                    raise CaptureError("operation would make the legacy stream depend on a capturing blocking stream")
+        result = function(*args, **kwargs)
+        if function is torch.Tensor.requires_grad_:
+            self._leaves[result] = True
+        return result
+
+
+def _drops(function, args, kwargs) -> bool:
+    """Whether an attention has dropout; what else may draw random numbers does."""
+    for i, argument in enumerate(function._schema.arguments):
+        if argument.name == "dropout_p":
+            return kwargs.get("dropout_p", args[i] if i < len(args) else argument.default_value) > 0
+    return True
+
+
+def _written(function, args, kwargs) -> list[torch.Tensor]:
+    """The tensors that an operation writes to."""
+    found = []
+    for i, argument in enumerate(function._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = kwargs.get(argument.name, args[i] if i < len(args) else None)
+            found += [t for t in pytree.tree_leaves(value) if isinstance(t, torch.Tensor)]
+    return found
+
+
+@contextlib.contextmanager
+def _unchanged(tensors):
+    before = [t.clone() for t in tensors]
+    yield
+    for tensor, values in zip(tensors, before, strict=True):
+        tensor.copy_(values)
