@@ -231,6 +231,10 @@ def test_bytes(dtype):
     assert stated.kept == sum(weight.nbytes for weight in merged_weights(unet).values())
     biggest = max(layer.get_base_layer().weight.numel() for layer in layers(unet))
     assert stated.transient == (0 if dtype == torch.float32 else 4 * biggest)
+    # A plan is made of models without weights.
+    shapes = copy.deepcopy(unet).to("meta")
+    assert merged_bytes(shapes) == stated
+    assert sum(weight.nbytes for weight in merged_weights(shapes).values()) == stated.kept
     addresses = {parameter.data_ptr() for parameter in unet.parameters()}
     with merged(unet):
         new = {name for name, p in unet.state_dict().items() if p.numel() and p.data_ptr() not in addresses}

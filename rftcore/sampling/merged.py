@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rftcore.blocks import modules
 from rftcore.blocks.modules import Unserved
 from rftcore.blocks.served import served
-from rftcore.ops import Adapter
+from rftcore.ops import Adapter, autocast
 from rftcore.ops.compiled import DTYPES
 
 _PLAIN = {lora.Linear: nn.Linear, lora.Conv2d: nn.Conv2d}
@@ -121,7 +121,7 @@ def _weights(sites: list[_Site], scale: float) -> dict[str, Tensor]:
 
 def _merge(site: _Site, scale: float) -> Tensor:
     weight = site.weight
-    with torch.autocast(weight.device.type, enabled=False):
+    with autocast.disabled(weight.device):
         wide = weight.to(site.wide_dtype, copy=True, memory_format=torch.contiguous_format)
         rows = wide.view(wide.shape[0], -1)  # (out, in * kernel)
         for a, b, own_scale in site.adapters:

@@ -1,0 +1,381 @@
+"""`rftcore sample`: the images of diffusers' own pipeline, whatever the batch, and the mistakes of a user."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import diffusers
+import numpy
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from rftcore import digits, lora_files, sample_command
+from rftcore.digits.vocabulary import write_tokenizer
+from rftcore.sample_options import SCHEDULERS, SampleOptions
+from rftcore.training import lora
+from rftcore.training.config import LoraConfig
+from rftcore.training.errors import RunError, UsageError
+
+PROMPTS = ["a handwritten four", "a handwritten two"]
+ENDINGS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in"]
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory):
+    """Two folders as training leaves them, with adapters that do something."""
+    folders = []
+    for seed in range(2):
+        folder = tmp_path_factory.mktemp("lora")
+        unet = UNet2DConditionModel.from_pretrained(digits.path(), subfolder="unet")
+        lora.attach(unet, LoraConfig(rank=3, alpha=2, target_modules=ENDINGS), seed)
+        torch.manual_seed(seed)
+        for name, parameter in lora.trainable(unet).items():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+        lora.save(unet, folder)
+        folders.append(folder)
+    return folders
+
+
+def sample(folder, **options):
+    """Pixels by file name, and the record."""
+    given = {"prompt": PROMPTS, "num_inference_steps": 4, "guidance_scale": 2.0, "output_dir": str(folder)}
+    if "prompts" in options:
+        del given["prompt"]
+    sample_command.sample(SampleOptions(**{**given, **options}))
+    record = json.loads((folder / "metadata.json").read_text())
+    return {item["file"]: pixels(folder / item["file"]) for item in record["images"]}, record
+
+
+def pixels(path):
+    return numpy.asarray(Image.open(path)).astype(int)
+
+
+def largest_difference(found, expected):
+    assert found.keys() == expected.keys()
+    return max(abs(found[name] - expected[name]).max() for name in found)
+
+
+def by_diffusers(pipe, record, steps=4, negative_prompt=None, **options):
+    """The same images, each sampled alone by the pipeline's own call."""
+    images = {}
+    for item in record["images"]:
+        noise = torch.Generator().manual_seed(item["noise_seed"])
+        pipe.set_progress_bar_config(disable=True)
+        output = pipe(
+            item["prompt"],
+            negative_prompt=negative_prompt,
+            num_inference_steps=steps,
+            guidance_scale=2.0,
+            generator=noise,
+            **options,
+        )
+        images[item["file"]] = numpy.asarray(output.images[0]).astype(int)
+    return images
+
+
+def stock(**options):
+    return StableDiffusionPipeline.from_pretrained(
+        digits.path(), safety_checker=None, requires_safety_checker=False, **options
+    )
+
+
+def test_the_images_of_diffusers_with_two_loras(tmp_path, loras):
+    arguments = [f"{loras[0]}:0.7", str(loras[1] / lora.FILE)]
+    found, record = sample(tmp_path / "a", lora=arguments, images_per_prompt=2, batch_size=3, negative_prompt="a five")
+    pipe = stock()
+    for name, folder in zip("xy", loras, strict=True):
+        pipe.load_lora_weights(folder, adapter_name=name)
+    pipe.set_adapters(["x", "y"], [0.7, 1.0])
+    expected = by_diffusers(pipe, record, negative_prompt="a five")
+    assert len(found) == 4 and largest_difference(found, expected) <= 1
+    pipe.set_adapters(["x", "y"], [1.0, 1.0])
+    assert largest_difference(by_diffusers(pipe, record, negative_prompt="a five"), expected) > 8
+    merged, _ = sample(
+        tmp_path / "b", lora=arguments, images_per_prompt=2, batch_size=3, negative_prompt="a five", merge_lora=True
+    )
+    assert largest_difference(merged, expected) <= 1
+
+
+def test_an_image_depends_on_its_seed_and_place_alone(tmp_path):
+    options = {"eta": 1.0, "images_per_prompt": 3, "seed": 5}
+    expected, _ = sample(tmp_path / "a", batch_size=1, **options)
+    for batch_size in (2, 4, 100):
+        found, _ = sample(tmp_path / str(batch_size), batch_size=batch_size, **options)
+        assert largest_difference(found, expected) <= 1
+    fewer, _ = sample(tmp_path / "b", prompt=PROMPTS[:1], eta=1.0, seed=5)
+    assert abs(fewer["00000-000.png"] - expected["00000-000.png"]).max() <= 1
+    other, _ = sample(tmp_path / "c", prompt=PROMPTS[:1], eta=1.0, seed=6)
+    assert abs(fewer["00000-000.png"] - other["00000-000.png"]).max() > 8
+    images = list(expected.values())
+    assert all(abs(a - b).max() > 8 for i, a in enumerate(images) for b in images[:i])
+
+
+# Strict: with the chain that takes these schedulers' tables the mark goes.
+NOT_YET = pytest.mark.xfail(strict=True, reason="the chain does not scale its input or keep earlier outputs yet")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in ("ddim", "ddpm") else pytest.param(name, marks=NOT_YET) for name in SCHEDULERS]
+)
+def test_every_scheduler(name, tmp_path):
+    class_name, extra = SCHEDULERS[name]
+    pipe = stock()
+    pipe.scheduler = getattr(diffusers, class_name).from_config(pipe.scheduler.config, **extra)
+    found, record = sample(tmp_path / "a", scheduler=name, num_inference_steps=6)
+    assert record["settings"]["sampler"]["scheduler"] == class_name
+    assert largest_difference(found, by_diffusers(pipe, record, steps=6)) <= 1
+
+
+def test_what_is_written(tmp_path):
+    (tmp_path / "prompts.txt").write_text("# two\na handwritten one\n\na handwritten nine\n")
+    found, record = sample(tmp_path / "out", prompts=str(tmp_path / "prompts.txt"), images_per_prompt=2, seed=3)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {*found, "grid.png", "metadata.json"} and len(found) == 4
+    assert [item["prompt"] for item in record["images"]] == ["a handwritten one"] * 2 + ["a handwritten nine"] * 2
+    assert len({item["noise_seed"] for item in record["images"]}) == 4
+    assert record["settings"]["seed"] == 3 and record["settings"]["sampler"]["num_inference_steps"] == 4
+    assert record["environment"]["packages"]["torch"] == torch.__version__
+    grid = pixels(tmp_path / "out" / "grid.png")
+    side = grid.shape[0] // 2
+    assert side >= 64
+    for row in range(2):
+        for column in range(2):
+            left = grid.shape[1] - (2 - column) * side
+            cell = grid[row * side : (row + 1) * side, left : left + side]
+            image = Image.fromarray(found[f"{row:05d}-{column:03d}.png"].astype("uint8"))
+            assert abs(cell - numpy.asarray(image.resize((side, side), Image.Resampling.NEAREST))).max() == 0
+
+
+def test_adapters_keep_their_precision_in_a_low_precision_unet(loras):
+    pipe = stock(torch_dtype=torch.bfloat16)
+    lora_files.load(pipe, [lora_files.parse(str(loras[0]))])
+    weights = load_file(loras[0] / lora.FILE)
+    parameters = dict(pipe.unet.named_parameters())
+    assert weights
+    for key, value in weights.items():
+        name, _, part = key.removeprefix("unet.").rpartition(".")
+        assert torch.equal(parameters[f"{name}.lora_0.{part}"], value)
+    assert pipe.unet.dtype == torch.bfloat16
+
+
+def edited(loras, target, edit):
+    """A LoRA file whose state dict `edit` changed."""
+    weights = load_file(loras[0] / lora.FILE)
+    edit(weights)
+    save_file(weights, target)
+    return str(target)
+
+
+def of_another_width(weights):
+    key = next(key for key in weights if "attn2.to_k.lora_A" in key)
+    weights[key] = torch.zeros(3, 2048)
+
+
+def of_another_depth(weights):
+    for key in [key for key in weights if "mid_block" in key]:
+        weights[key.replace("mid_block", "down_blocks.7")] = weights.pop(key)
+
+
+def in_pefts_layout(weights):
+    for key in list(weights):
+        weights[key.replace("unet.", "base_model.model.")] = weights.pop(key)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            of_another_width,
+            r"of another base model: \S+attn2.to_k.lora_A.weight is \(3, 2048\), .* has 64 inputs, not 2048",
+        ),
+        (of_another_depth, r"of another base model: it adapts down_blocks.7\S+, and this UNet has no such layer"),
+        (in_pefts_layout, r"base_model\S+ belongs to no part of a StableDiffusionPipeline"),
+        (lambda w: w.update({"unet.x.dora_scale": torch.ones(1)}), r"is a DoRA \(unet.x.dora_scale\)"),
+        (lambda w: w.clear(), "holds no weights"),
+    ],
+)
+def test_loras_that_do_not_fit(edit, message, loras, tmp_path):
+    path = edited(loras, tmp_path / "other.safetensors", edit)
+    with pytest.raises(UsageError, match=message):
+        sample(tmp_path / "out", lora=[path])
+    assert not (tmp_path / "out").exists()
+
+
+def test_lora_arguments(loras, tmp_path):
+    file = loras[0] / lora.FILE
+    assert lora_files.parse(f"{loras[0]}:-0.5") == (file, -0.5)
+    assert lora_files.parse(str(file)) == (file, 1.0)
+    (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
+    (tmp_path / "weights.bin").touch()
+    for argument, message in {
+        f"{loras[0]}:much": "'much' is no number",
+        f"{loras[0]}:nan": "must be a finite number",
+        str(tmp_path): f"holds no {lora.FILE}",
+        str(tmp_path / "none.safetensors"): "there is no file or folder",
+        str(tmp_path / "weights.bin"): "is no .safetensors file",
+    }.items():
+        with pytest.raises(UsageError, match=message):
+            lora_files.parse(argument)
+    with pytest.raises(UsageError, match="no readable safetensors file"):
+        lora_files.load(stock(), [lora_files.parse(str(tmp_path / "broken.safetensors"))])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": None}, "there are no prompts"),
+        ({"prompts": "a.txt", "prompt": ["a"]}, "both given"),
+        ({"scheduler": "dpm"}, r"--scheduler dpm is unknown; did you mean 'd\w+"),
+        ({"dtype": "float8"}, "--dtype float8 is unknown"),
+        ({"merge_lora": True}, "nothing to merge"),
+        ({"images_per_prompt": 0, "batch_size": -1}, "--images_per_prompt 0 .*; --batch_size -1"),
+        ({"guidance_scale": float("inf")}, "--guidance_scale inf"),
+        ({"eta": 2.0}, "--eta 2.0 must lie in"),
+        ({"scheduler": "ddpm", "eta": 0.5}, "cannot be sampled with --scheduler ddpm: eta=0.5"),
+        ({"resolution": 33}, r"--resolution 33 must be a multiple of \d, .* the nearest is 3[24]"),
+        ({"model": "nobody/nothing-here"}, "--model nobody/nothing-here does not load"),
+    ],
+)
+def test_requests_that_cannot_work(options, message, tmp_path):
+    given = {"output_dir": str(tmp_path / "out"), "prompt": PROMPTS, **options}
+    with pytest.raises(UsageError, match=message):
+        sample_command.sample(SampleOptions(**given))
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_of_memory(monkeypatch, tmp_path):
+    def decode(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
+
+    monkeypatch.setattr(sample_command, "decode", decode)
+    with pytest.raises(RunError, match=r"--batch_size 4; lower it.* 7 GiB"):
+        sample(tmp_path / "out")
+
+
+def test_a_pipelines_own_scheduler_that_is_not_served(monkeypatch, tmp_path):
+    def load(options):
+        pipe = stock()
+        pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
+        return pipe
+
+    monkeypatch.setattr(sample_command, "_load", load)
+    with pytest.raises(UsageError, match="cannot be sampled with its own scheduler: .*PNDM.*--scheduler takes ddim"):
+        sample(tmp_path / "a")
+    found, _ = sample(tmp_path / "b", scheduler="ddim")
+    assert len(found) == 2
+
+
+def sdxl_pipeline(folder):
+    """SDXL with few weights: 16-px images from latents (4, 8, 8)."""
+    torch.manual_seed(0)
+    write_tokenizer(folder / "words")
+    tokenizer = CLIPTokenizer.from_pretrained(folder / "words")
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        projection_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=4 * 6 + 16,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    return StableDiffusionXLPipeline(
+        vae=vae,
+        text_encoder=CLIPTextModel(config),
+        text_encoder_2=CLIPTextModelWithProjection(config),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet,
+        scheduler=diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        add_watermarker=False,
+    )
+
+
+@pytest.mark.parametrize("negative_prompt", [None, "a handwritten five"])
+def test_sdxl(negative_prompt, tmp_path):
+    pipe = sdxl_pipeline(tmp_path)
+    pipe.save_pretrained(tmp_path / "model")
+    model = str(tmp_path / "model")
+    found, record = sample(tmp_path / "out", model=model, negative_prompt=negative_prompt, resolution=32)
+    options = {"height": 32, "width": 32, "negative_prompt": negative_prompt}
+    assert largest_difference(found, by_diffusers(pipe, record, **options)) <= 1
+    other, _ = sample(tmp_path / "other", model=model, negative_prompt="a handwritten nine", resolution=32)
+    assert largest_difference(found, other) > 1
+
+
+def test_an_sdxl_lora_on_a_small_model_names_the_first_key(loras, tmp_path):
+    pipe = sdxl_pipeline(tmp_path)
+    with pytest.raises(UsageError, match=r"another base model: \S+lora_A.weight is \(3, 48"):
+        lora_files.load(pipe, [lora_files.parse(str(loras[0]))])
+
+
+def rftcore(*arguments):
+    return subprocess.run([sys.executable, "-m", "rftcore", "sample", *arguments], capture_output=True, text=True)
+
+
+def test_the_command(tmp_path, loras):
+    arguments = ["--prompt", *PROMPTS, "--num_inference_steps", "2", "--output_dir", str(tmp_path / "out")]
+    result = rftcore(*arguments, "--lora", f"{loras[0]}:0.5", "--merge_lora")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == f"written to {tmp_path / 'out'}\n"
+    record = json.loads((tmp_path / "out" / "metadata.json").read_text())
+    assert record["settings"]["merge_lora"] and record["settings"]["lora"] == [f"{loras[0]}:0.5"]
+    assert len(record["images"]) == 2
+    again = rftcore(*arguments)
+    assert again.returncode == 2 and "is not empty" in again.stderr and "Traceback" not in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--promt", "a"], "did you mean '--prompt'"),
+        (["--output_dir", "o", "--prompt", "a", "--lora", "x.safetensors"], "there is no file or folder x.safetensors"),
+        (["--output_dir", "o", "--prompts", "none.txt"], "none.txt cannot be read"),
+        (["--output_dir", "o", "--prompt", "a", "--scheduler", "eulr"], "did you mean 'euler'"),
+    ],
+)
+def test_mistakes_get_one_clear_message(arguments, message):
+    result = rftcore(*arguments)
+    assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr
+
+
+def test_every_option_is_in_the_help():
+    text = rftcore("--help").stdout
+    assert all(f"--{field.name}" in text for field in dataclasses.fields(SampleOptions))
