@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -53,7 +55,8 @@ if NO_TRL is None:
 
     from benchmarks.trl_sampler import SamplerDDPOTrainer, SamplerPipeline
 
-STOCK, SAMPLER = "stock", "CheckpointedSampler"
+STOCK, PLAIN, SAMPLER = "stock", "stock, gradient_checkpoint=False", "CheckpointedSampler"
+SAMPLERS = {SAMPLER: {}}  # a row of AlignProp's sampling each -> more options of the sampler
 COLUMNS = ("latents", "log_probs", "losses", "gradients")
 STEPS, GUIDANCE, ETA = 4, 5.0, 1.0
 SEED = 7  # with it, AlignProp's random truncation leaves out the first step and the third
@@ -89,8 +92,12 @@ class Training(Run):
 
     def __init__(self, program: type[Program], folder: Path, dtype: torch.dtype) -> None:
         self.program = program(folder, fill_adapters, dtype=dtype)
-        self.step = self.program.step
-        self.saved_mib = self.program.held_mib
+
+    def step(self) -> None:
+        self.program.step()
+
+    def saved_mib(self) -> float:
+        return self.program.held_mib()
 
     def first_results(self) -> Results:
         updates: list[list[Tensor]] = []
@@ -113,11 +120,10 @@ class Call(Run):
     """One use of TRL's pipeline, or of one in its place, with a backward pass where there is a loss.
 
     Args:
-        batch: how many prompts.
         options: of the pipeline.
     """
 
-    batch = 4
+    batch = 4  # prompts
 
     def __init__(self, pipeline: type, folder: Path, dtype: torch.dtype, **options: Any) -> None:
         device = accelerate.PartialState().device  # first: TRL's logger asks for it
@@ -257,33 +263,27 @@ def comparisons() -> dict[str, dict[str, Make]]:
             "AlignProp's sampling, truncated": {"truncated_backprop_rand": False, "truncated_backprop_timestep": 2},
             "AlignProp's sampling, truncated at random": {"truncated_rand_backprop_minmax": (0, STEPS - 1)},
         }.items():
-            plain = truncation | {"gradient_checkpoint": False}
             ways[f"TRL, {name}"] = {
-                STOCK: lambda folder, dtype, t=truncation: Alignment(stock, folder, dtype, t),
-                "gradient_checkpoint=False": lambda folder, dtype, t=plain: Alignment(stock, folder, dtype, t),
-                SAMPLER: lambda folder, dtype, t=truncation: Alignment(ours, folder, dtype, t),
+                STOCK: partial(Alignment, stock, truncation=truncation),
+                PLAIN: partial(Alignment, stock, truncation={**truncation, "gradient_checkpoint": False}),
+            } | {
+                sampler: partial(Alignment, ours, truncation=truncation, sampler_options=options)
+                for sampler, options in SAMPLERS.items()
             }
-        ways["TRL, DDPO's sampling"] = {
-            STOCK: lambda folder, dtype: Sampling(stock, folder, dtype),
-            SAMPLER: lambda folder, dtype: Sampling(ours, folder, dtype),
-        }
-        ways["TRL, DDPO's re-scoring"] = {
-            STOCK: lambda folder, dtype: Rescoring(stock, folder, dtype),
-            SAMPLER: lambda folder, dtype: SamplerRescoring(ours, folder, dtype),
-        }
+        ways["TRL, DDPO's sampling"] = {STOCK: partial(Sampling, stock), SAMPLER: partial(Sampling, ours)}
+        ways["TRL, DDPO's re-scoring"] = {STOCK: partial(Rescoring, stock), SAMPLER: partial(SamplerRescoring, ours)}
         training |= {AlignProp.name: (AlignProp, SamplerAlignProp), Ddpo.name: (Ddpo, SamplerDdpo)}
     for name, (theirs, replaced) in training.items():
-        ways[name] = {
-            STOCK: lambda folder, dtype, program=theirs: Training(program, folder, dtype),
-            SAMPLER: lambda folder, dtype, program=replaced: Training(program, folder, dtype),
-        }
+        ways[name] = {STOCK: partial(Training, theirs), SAMPLER: partial(Training, replaced)}
     return ways
 
 
 def difference(ours: list[Tensor], stock: list[Tensor]) -> float:
-    """The largest relative one of a tensor, in the Frobenius norm."""
+    """The largest relative one of a tensor, in the Frobenius norm; infinite for NaN."""
+    tiny = torch.finfo(torch.float64).tiny
     pairs = [(a.double(), b.double()) for a, b in zip(ours, stock, strict=True)]
-    return max(((a - b).norm() / b.norm().clamp(min=torch.finfo(torch.float64).tiny)).item() for a, b in pairs)
+    relative = torch.stack([(a - b).norm() / b.norm().clamp(min=tiny) for a, b in pairs])
+    return relative.nan_to_num(nan=math.inf).max().item()
 
 
 @contextlib.contextmanager
