@@ -68,9 +68,11 @@ class CudaRecorder:
         """The recorder's stream, after all that was queued on the caller's and before all that will be."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            yield
-        current.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            current.wait_stream(self._stream)
 
     def _abort(self, graph: torch.cuda.CUDAGraph) -> None:
         """Ends a capture that failed, so that the stream, the pool and the allocator leave it."""

@@ -90,17 +90,23 @@ class Segments:
         before = self._open and self._open()
         if before is not None:
             return Run(None, "another chain through the same graphs waits for its backward pass")
-        if self._open is not None and self._mode == "capture":
-            # It was given up: the tensors are gone that its segments left for those that were to come.
-            self._sequence.clear()
-            self._unfinished += 1
-            if self._unfinished == 2:
-                self.refuse("two chains were given up while they were captured, before their backward pass")
+        if self._open is not None:
+            self._give_up()
         if self.refusal is not None:
             return Run(None, self.refusal)
         run = Run(self, None)
         self._open = weakref.ref(run)
         return run
+
+    def _give_up(self) -> None:
+        """For the end of a chain that did not finish."""
+        self._open = None
+        if self._mode == "capture":
+            # The tensors are gone that its segments left for those that were to come.
+            self._sequence.clear()
+            self._unfinished += 1
+            if self._unfinished == 2:
+                self.refuse("two chains were given up while they were captured, before their backward pass")
 
     def refuse(self, reason: str) -> None:
         """Captures nothing any more, and lets go of what was captured."""
@@ -190,6 +196,12 @@ class Run:
         elif mode == "warm":
             segments._mode = "capture"
 
+    def give_up(self) -> None:
+        """Gives the segments to the next chain after an error, whose traceback may keep this one alive."""
+        if self._mode not in ("plain", "finished"):
+            self._mode = "finished"
+            self._segments._give_up()
+
     def _next(self, name: Hashable, work: Callable[[], T]) -> T:
         sequence = self._segments._sequence
         for at in (self._at, self._at + 1):
@@ -199,7 +211,8 @@ class Run:
         if self._mode == "replay":
             expected = [s.name for s in sequence[max(self._at, 0) : self._at + 2]]
             self._segments._sequence.clear()
-            self._segments._mode, self._segments._open, self._mode = "capture", None, "finished"
+            self._segments._mode = "capture"
+            self.finish()
             raise RuntimeError(
                 f"the segment {name!r} was asked for where the captured chain has {' or '.join(map(repr, expected))}: "
                 "launched there, it would read memory that others have written to. What was captured is dropped; run "
@@ -274,6 +287,10 @@ class Graphs:
             # A chain that is not finished keeps them alive until it is.
             del self._segments[old]
         return self._segments[key].begin()
+
+    def __reduce__(self):
+        # A copy, of a sampler that is copied or pickled, begins without graphs.
+        return Graphs, (self._make_recorder, self._size)
 
     @property
     def bytes(self) -> int:
