@@ -133,10 +133,10 @@ def reasons(module: nn.Module, differentiates: bool = True, device_type: str = "
             kinds.setdefault(reason, []).append(child)
         if attributes["_modules"]:
             stack += [m for m in attributes["_modules"].values() if m is not None]
-    names = {child: name for name, child in module.named_modules()} if kinds else {}
     for reason, children in kinds.items():
+        first = next(name for name, child in module.named_modules() if child in children)
         others = f" and {len(children) - 1} more" if len(children) > 1 else ""
-        found.append(f"{reason} ({names[children[0]] or type(module).__name__}{others})")
+        found.append(f"{reason} ({first or type(module).__name__}{others})")
     return found
 
 
