@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from rftcore import __version__, sample_options
+from rftcore import __version__, plan_options, sample_options
 from rftcore.prompts import PromptsError
 from rftcore.rewards import RewardSpecError
 from rftcore.training import recipes
@@ -74,6 +74,10 @@ def _parser() -> ArgumentParser:
         add_options(algorithm, kind)
         checked.add_subcommand(name, algorithm, help=kind.__doc__)
 
+    plan = _subparser(plan_options.PlanOptions.__doc__)
+    plan_options.add_options(plan)
+    commands.add_subcommand("plan", plan, help="predict a chain's memory and FLOPs, on any machine, without weights")
+
     sample = _subparser(sample_options.SampleOptions.__doc__)
     sample_options.add_options(sample)
     commands.add_subcommand("sample", sample, help="sample images from prompts")
@@ -137,6 +141,13 @@ def _run(namespace) -> int:
             print(f"{name:<16} {recipes.description(name)}")
     elif namespace.command == "configs":
         print(f"wrote {recipes.copy(namespace.configs.cp.name, namespace.configs.cp.target)}")
+    elif namespace.command == "plan":
+        options = plan_options.PlanOptions(**namespace.plan.as_dict())
+        options.validate()
+        _quieten_libraries()
+        from rftcore.plan_command import describe, predict
+
+        print(describe(options, predict(options)))
     elif namespace.command == "sample":
         options = sample_options.SampleOptions(**namespace.sample.as_dict())
         options.validate()

@@ -116,7 +116,7 @@ def _on_meta(kind, options: Mapping[str, Any], dtype: torch.dtype):
     torch.set_default_dtype(dtype)
     try:
         with torch.device("meta"):
-            return kind(**options).requires_grad_(False).eval()
+            return kind.from_config(dict(options)).requires_grad_(False).eval()
     finally:
         torch.set_default_dtype(before)
 

@@ -177,7 +177,7 @@ def make_plan(
         return Plan.replayed(modes, batch, budget=budget)
     try:
         simulation = Simulation(denoiser, conditioning, height, width, guided=guided)
-        return Planner(simulation, batch, modes, reserve).plan(budget)
+        return Planner(simulation, batch, modes).plan(budget, reserve)
     except Unpredictable as reason:
         return Plan.replayed(modes, batch, [str(reason)], budget)
 
@@ -210,14 +210,14 @@ class Planner:
 
     Args:
         simulation: of the UNet.
-        batch, modes, reserve: as in `make_plan`.
+        batch, modes: as in `make_plan`.
 
     Raises:
         Unpredictable: as the simulation does.
     """
 
-    def __init__(self, simulation: Simulation, batch: int, modes: Sequence[str], reserve: int = 0) -> None:
-        self.simulation, self.batch, self.modes, self.reserve = simulation, batch, tuple(modes), reserve
+    def __init__(self, simulation: Simulation, batch: int, modes: Sequence[str]) -> None:
+        self.simulation, self.batch, self.modes = simulation, batch, tuple(modes)
         self.steps = [step for step, mode in enumerate(modes) if mode in _DIFFERENTIATED]
         self._items = sorted(simulation.priced(batch), key=lambda pair: pair[1].price)
         self._freed = [0, *itertools.accumulate(item.bytes for _, item in self._items)]
@@ -251,61 +251,84 @@ class Planner:
         """How many items there are to be made again."""
         return len(self._items)
 
-    def plan(self, budget: int) -> Plan:
-        """The plan of the fewest FLOPs. Raises: ValueError for a budget below the least."""
-        replay = self._replay(budget)
-        plan = self._assembled([None] * len(self.steps), replay, budget)
-        if self.fixed + max(self.reserve, self._backward_transient(self.most)) >= budget:
-            return plan
-        room = budget - self.fixed - max(self.reserve, self._backward_transient(self.most))
+    def plan(self, budget: int, reserve: int = 0) -> Plan:
+        """The plan of the fewest FLOPs.
+
+        Args:
+            budget, reserve: as in `make_plan`.
+
+        Raises:
+            ValueError: for a budget below the least that is needed.
+        """
+        least = self._sampling(reserve)
+        if max(least.values()) > budget:
+            raise ValueError(self._too_small(budget, least))
+        if not self.steps:
+            flops = self.simulation.forward(self.batch).flops
+            plain = Plan.replayed(self.modes, self.batch, budget=budget)
+            return dataclasses.replace(
+                plain, peak_bytes=max(least.values()), forward_flops=flops, plain_flops=flops * len(self.modes)
+            )
+        replay = self._replay(budget, reserve)
+        plan = self._assembled([None] * len(self.steps), replay, budget, reserve)
+        room = budget - self.fixed - max(reserve, self._backward_transient(self.most))
         for _ in range(6):
-            tried = self._assembled(self._spread(room, replay), replay, budget)
-            fits = tried.peak_bytes <= budget
-            if fits and tried.extra_percent <= plan.extra_percent:
-                plan = tried
-            slack = budget - tried.peak_bytes
-            # Making fewer things again takes less at a time, which leaves room to keep more.
-            if fits and slack < max(1, budget // 500):
+            if room < self.kept(self.most):
                 break
+            tried = self._assembled(self._spread(room, replay), replay, budget, reserve)
+            slack = budget - tried.peak_bytes
+            if slack >= 0 and tried.extra_percent <= plan.extra_percent:
+                plan = tried
+                if slack < budget // 500:
+                    break
+            # Making fewer things again takes less at a time, which leaves room to keep more.
             room += slack
         return plan
 
-    def least(self) -> dict[str, int]:
+    def least(self, reserve: int = 0) -> dict[str, int]:
         """The least bytes of each part of the chain, of which the largest must fit the budget."""
-        smallest = self.simulation.step(1, self.level(self.most))
+        least = self._sampling(reserve)
+        if self.steps:
+            smallest = self.simulation.step(1, self.level(self.most))
+            least["a replay of one image"] = self.fixed + self.simulation.trained_bytes + smallest.peak
+        return least
+
+    def longest(self, budget: int, reserve: int = 0) -> int:
+        """How many steps could be stored, each at the least that it can keep."""
+        most = self.step(self.most)
+        transient = max(reserve, most.peak - most.kept + self.simulation.trained_bytes)
+        return max(0, (budget - self.fixed - transient) // most.kept)
+
+    def _sampling(self, reserve: int) -> dict[str, int]:
         return {
             "a sampling step": self.fixed + self.simulation.forward(self.batch).peak,
-            "decoding and reward": self.fixed + self.reserve,
-            "a replay of one image": self.fixed + self.simulation.trained_bytes + smallest.backward_peak,
+            "decoding and the reward": self.fixed + reserve,
         }
 
-    def _replay(self, budget: int) -> _Replay:
+    def _replay(self, budget: int, reserve: int) -> _Replay:
         """The replay of the fewest FLOPs, in the fewest pieces. Raises: ValueError where none fits."""
         room = budget - self.fixed - self.simulation.trained_bytes
-        if self.simulation.forward(self.batch).peak + self.fixed > budget or self.fixed + self.reserve > budget:
-            raise ValueError(self._too_small(budget))
         whole = self.step(0)
-        if whole.backward_peak <= room:
-            return _Replay(self.batch, 0, whole.backward_peak, 0.0)
+        if whole.peak <= room:
+            return _Replay(self.batch, 0, whole.peak, 0.0)
         one = self.simulation.step(1, self.level(0))
-        if one.backward_peak <= room and self.batch > 1:
-            more = (whole.backward_peak - one.backward_peak) / (self.batch - 1)
-            images = min(self.batch - 1, 1 + int((room - one.backward_peak) / more))
-            for images in range(images, 0, -1):
+        if one.peak <= room:
+            more = (whole.peak - one.peak) / (self.batch - 1)
+            for images in range(min(self.batch - 1, 1 + int((room - one.peak) / more)), 0, -1):
                 # As many in each piece as in the others, as far as that goes.
                 even = math.ceil(self.batch / math.ceil(self.batch / images))
-                peak = self.simulation.step(even, self.level(0)).backward_peak
+                peak = self.simulation.step(even, self.level(0)).peak
                 if peak <= room:
                     return _Replay(even, 0, peak, 0.0)
         # One image at a time, and what is made again besides.
         count = 0
-        while one.backward_peak > room:
+        while one.peak > room:
             if count == self.most:
-                raise ValueError(self._too_small(budget))
-            excess = (one.backward_peak - room) * self.batch
-            count = min(self.most, bisect.bisect_left(self._freed, self._freed[count] + excess, count + 1))
+                raise ValueError(self._too_small(budget, self.least(reserve)))
+            freed = self._freed[count] + (one.peak - room) * self.batch
+            count = min(self.most, bisect.bisect_left(self._freed, freed, count + 1))
             one = self.simulation.step(1, self.level(count))
-        return _Replay(1, count, one.backward_peak, self._extra[count])
+        return _Replay(1, count, one.peak, self._extra[count])
 
     def _spread(self, room: int, replay: _Replay) -> list[int | None]:
         """For each differentiated step how many items it makes again, or None: replayed; they keep `room` together."""
@@ -328,13 +351,12 @@ class Planner:
         # that take more for what they make again.
         return [point.count for point in sorted(points, key=lambda p: p.kept)]
 
-    def _assembled(self, counts: Sequence[int | None], replay: _Replay, budget: int) -> Plan:
+    def _assembled(self, counts: Sequence[int | None], replay: _Replay, budget: int, reserve: int) -> Plan:
         """The plan that stores the steps so, and its predicted peak."""
         used = sorted({count for count in counts if count is not None}, reverse=True)
         stored: list[int | None] = [None] * len(self.modes)
         for step, count in zip(self.steps, counts, strict=True):
             stored[step] = None if count is None else used.index(count)
-        replays = counts.count(None)
         step = self.step(0)
         sampling = self.simulation.forward(self.batch).flops * len(self.modes)
         return Plan(
@@ -345,7 +367,7 @@ class Planner:
             replay_batch=replay.images,
             differentiated=len(self.steps),
             budget=budget,
-            peak_bytes=self._peak(counts, replay if replays else None),
+            peak_bytes=self._peak(counts, replay if None in counts else None, reserve),
             kept_bytes=tuple(self.kept(count) for count in used),
             level_extra=tuple(100 * self._extra[count] / step.forward_flops for count in used),
             replay_extra=100 + 100 * replay.extra / step.forward_flops,
@@ -353,16 +375,18 @@ class Planner:
             plain_flops=sampling + step.backward_flops * len(self.steps),
         )
 
-    def _peak(self, counts: Sequence[int | None], replay: _Replay | None) -> int:
+    def _peak(self, counts: Sequence[int | None], replay: _Replay | None, reserve: int) -> int:
         """The largest sum of bytes at any time in the chain."""
         while True:
-            count, peak = max(self._timeline(counts, replay), key=lambda event: event[1])
+            count, peak = max(self._timeline(counts, replay, reserve), key=lambda event: event[1])
             if count is None or count in self._simulated:
                 return peak
             # Only a bound so far, of a level that makes more again.
             self.step(count)
 
-    def _timeline(self, counts: Sequence[int | None], replay: _Replay | None) -> Iterator[tuple[int | None, int]]:
+    def _timeline(
+        self, counts: Sequence[int | None], replay: _Replay | None, reserve: int
+    ) -> Iterator[tuple[int | None, int]]:
         """Bytes at the peaks of the chain's parts, each with the level whose transients they are a bound for."""
         sampling = self.simulation.forward(self.batch).peak
         gradients = self.simulation.trained_bytes
@@ -371,7 +395,7 @@ class Planner:
             count = count_of.get(step)
             yield (None, live + sampling) if count is None else (count, live + self._forward_transient(count))
             live += 0 if count is None else self.kept(count)
-        yield None, live + self.reserve
+        yield None, live + reserve
         for step in reversed(self.steps):
             count = count_of[step]
             if count is not None:
@@ -394,19 +418,18 @@ class Planner:
         """The next level that was simulated and makes as much again or more: transients grow with that."""
         return min((known for known in self._simulated if known >= count), default=self.most)
 
-    def _too_small(self, budget: int) -> str:
-        least = self.least()
+    def _too_small(self, budget: int, least: dict[str, int]) -> str:
         part = max(least, key=least.__getitem__)
         advice = {
             "a sampling step": "make the batch or the resolution smaller",
-            "decoding and reward": "decode fewer images at a time, or give less to the reward",
+            "decoding and the reward": "decode fewer images at a time, or accelerate the decoder",
             "a replay of one image": "make the resolution smaller",
         }[part]
-        if not self.simulation.accelerated:
-            advice += ", or keep less: rftcore.accelerate(unet)"
+        if part == "a replay of one image" and not self.simulation.accelerated:
+            advice = "keep less: rftcore.accelerate(unet)"
         return (
-            f"memory_budget={text_of(budget)} is too small for {self.batch} images: the least is "
-            f"{text_of(least[part])}, for {part}. Raise it, or {advice}."
+            f"memory_budget={text_of(budget)} is too small for a chain of {self.batch} images: {part} takes "
+            f"{text_of(least[part])}. Raise it, or {advice}."
         )
 
 

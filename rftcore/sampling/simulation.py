@@ -76,6 +76,11 @@ class Simulation:
         height, width: of the latents.
         guided: whether both branches of guidance are run.
 
+    Attributes:
+        model: the twin.
+        accelerated: whether it is.
+        trained_bytes: of the sums of the parameters' gradients.
+
     Raises:
         Unpredictable: for a UNet that does more than its modules' own forwards.
     """
@@ -94,6 +99,8 @@ class Simulation:
         self._size = height, width
         self._rows = 2 if guided else 1
         self._guided = guided
+        # In fp32 or wider, whatever the parameters are.
+        self.trained_bytes = sum(p.numel() * max(4, p.itemsize) for p in self.model.parameters() if p.requires_grad)
         self._forwards: dict[int, Forward] = {}
         self._steps: dict = {}
 
@@ -126,11 +133,6 @@ class Simulation:
             found = list(costs.priced(self.model, *size, self._denoiser.dtype, self._autocast))
         return [(layer.name, item) for layer, cost in found for item in cost.items]
 
-    @property
-    def trained_bytes(self) -> int:
-        """Of the gradients' sums, in fp32 or wider."""
-        return sum(p.numel() * max(4, p.itemsize) for p in self.model.parameters() if p.requires_grad)
-
     def latent_bytes(self, images: int) -> int:
         """Of one state of the chain."""
         height, width = self._size
@@ -146,8 +148,10 @@ class Simulation:
         return x, torch.empty((), dtype=torch.int64), conditioning
 
 
-def decoding(vae: nn.Module, height: int, width: int, *, images: int = 1, level: Level = None) -> Step:
-    """Decoding latents (images, C, height, width) to images, and the gradient of the latents.
+def decoding(
+    vae: nn.Module, height: int, width: int, *, images: int = 1, level: Level = None, gradient: bool = True
+) -> Step:
+    """Decoding latents (images, C, height, width) to images, and the gradient of the latents where it is asked for.
 
     Raises:
         Unpredictable: for an autoencoder that does more than its modules' own forwards.
@@ -156,9 +160,9 @@ def decoding(vae: nn.Module, height: int, width: int, *, images: int = 1, level:
         raise Unpredictable("; ".join(reasons))
     mode = FakeTensorMode()
     twin = _twin(vae, mode)
-    with _without_data(mode, _autocast(vae)), torch.enable_grad(), _recompute(twin, level):
+    with _without_data(mode, _autocast(vae)), torch.set_grad_enabled(gradient), _recompute(twin, level):
         state = torch.promote_types(next(twin.parameters()).dtype, torch.float32)
-        latents = torch.empty(images, vae.config.latent_channels, height, width, dtype=state, requires_grad=True)
+        latents = torch.empty(images, vae.config.latent_channels, height, width, dtype=state, requires_grad=gradient)
         return _count(lambda: decode(twin, latents, images_per_call=images), [latents])
 
 
@@ -169,9 +173,9 @@ def _count(evaluate: Callable[[], Tensor], wanted: Sequence[Tensor]) -> Step:
             output = evaluate()
         kept, forward_peak = live.live, live.peak
         live.peak = 0
-        grad = torch.empty_like(output)
         with FLOPs() as backward:
-            torch.autograd.grad(output, wanted, grad, allow_unused=True)
+            if output.requires_grad:
+                torch.autograd.grad(output, wanted, torch.empty_like(output), allow_unused=True)
     return Step(kept, forward_peak, live.peak, forward.total, backward.total)
 
 

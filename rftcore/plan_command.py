@@ -1,0 +1,250 @@
+"""`rftcore plan`: the memory plan of a chain of a named model, on any machine, without weights."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+
+from rftcore import published
+from rftcore.blocks import accelerate
+from rftcore.blocks.budget import bytes_of, text_of
+from rftcore.plan_options import ATTENTION, DTYPES, OPTIMIZERS, PlanOptions
+from rftcore.sampling.denoiser import Denoiser
+from rftcore.sampling.gradient_path import GradientPath
+from rftcore.sampling.plan import Plan, Planner
+from rftcore.sampling.simulation import Simulation, decoding
+from rftcore.training.errors import UsageError, nearest
+
+# The decoder's levels, from the one of the fewest FLOPs.
+_DECODER_LEVELS = ("none", "block")
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What a training step takes.
+
+    Attributes:
+        size: of an image, in pixels.
+        plan: of the chain, as the sampler makes it under the memory_budget `plan.budget`.
+        held: bytes on the device by what they are for, all the time.
+        taken: bytes by what they are for, during the step; not all of them are there at the same time.
+        peak_bytes: on the device.
+        decoder_level: what the decoder makes again.
+        flops: of the step, decoding included and the reward not.
+        largest_batch: that fits, where every step is replayed one image at a time.
+        largest_k: how many steps of this batch can be stored.
+    """
+
+    size: int
+    plan: Plan
+    held: dict[str, int]
+    taken: dict[str, int]
+    peak_bytes: int
+    decoder_level: str
+    flops: int
+    largest_batch: int
+    largest_k: int
+
+
+class _Model(NamedTuple):
+    """Configs of a pipeline's models, and the number of its text tokens."""
+
+    unet: dict[str, Any]
+    vae: dict[str, Any]
+    tokens: int
+
+
+def predict(options: PlanOptions) -> Prediction:
+    """The plan that fits, and what it takes. Raises: UsageError."""
+    model = _model(options.model)
+    dtype = getattr(torch, DTYPES[options.dtype])
+    unet, (vae, _) = _unet(model, options, dtype), published.autoencoder(model.vae, dtype)
+    accelerate(unet)
+    accelerate(vae)
+    scale = 2 ** (len(vae.config.block_out_channels) - 1)
+    pixels = options.resolution or unet.config.sample_size * scale
+    if pixels % scale:
+        raise UsageError(f"--resolution {pixels} must be a multiple of {scale}, the autoencoder's scale")
+    held = _held(unet, vae, options)
+    try:
+        conditioning = published.conditioning(unet, 1, model.tokens)
+    except ValueError as error:
+        raise UsageError(f"--model {options.model}: {error}") from error
+    size = pixels // scale
+    simulation = Simulation(Denoiser(unet), conditioning, size, size, guided=options.guidance_scale != 1.0)
+    planner = Planner(
+        simulation, options.batch, GradientPath.last(options.backprop_steps, options.steps).effective_modes
+    )
+    levels = _DECODER_LEVELS if planner.steps else _DECODER_LEVELS[:1]
+    decoders = {level: decoding(vae, size, size, level=level, gradient=bool(planner.steps)) for level in levels}
+
+    plans: dict[str, Plan] = {}
+    if options.memory_budget is not None:
+        available, reserves = _bytes("--memory_budget", options.memory_budget), dict.fromkeys(levels, 0)
+        try:
+            plans[levels[0]] = planner.plan(available)
+        except ValueError as error:
+            raise UsageError(f"--{error}") from error
+    else:
+        available = _bytes("--device-memory", options.device_memory) - sum(held.values())
+        reserves = {level: step.peak for level, step in decoders.items()}
+        plans = {level: plan for level in levels if (plan := _fitted(planner, available, reserves[level])) is not None}
+        if not plans:
+            raise UsageError(_too_small(options, planner, held, min(reserves.values())))
+    flops = {
+        level: plan.flops + options.batch * (decoders[level].forward_flops + decoders[level].backward_flops)
+        for level, plan in plans.items()
+    }
+    level = min(plans, key=flops.__getitem__)
+    plan, decode = plans[level], decoders[level].peak
+    rest = plan.peak_bytes - plan.stored_bytes - planner.fixed
+    return Prediction(
+        size=pixels,
+        plan=plan,
+        held=held,
+        taken={
+            "states and noise": planner.fixed,
+            "stored steps": plan.stored_bytes,
+            "beside them, at the chain's peak": rest,
+            "or, after the chain, decoding an image": decode,
+        },
+        peak_bytes=sum(held.values()) + max(plan.peak_bytes, planner.fixed + plan.stored_bytes + decode),
+        decoder_level=level,
+        flops=flops[level],
+        largest_batch=_largest_batch(planner, available, min(reserves.values())),
+        largest_k=min(options.steps, planner.longest(available, reserves[level])) if planner.steps else 0,
+    )
+
+
+def describe(options: PlanOptions, prediction: Prediction) -> str:
+    """The prediction for people."""
+    plan = prediction.plan
+    rows = [*prediction.held.items(), *prediction.taken.items(), ("predicted peak", prediction.peak_bytes)]
+    width = max(len(name) for name, _ in rows)
+    guided = "guided" if options.guidance_scale != 1.0 else "not guided"
+    lines = [
+        f"{options.model}, {prediction.size} px, {guided}, LoRA of rank {options.rank} on {' '.join(options.target)}, "
+        f"{options.dtype}",
+        *str(plan).split("; "),
+        "",
+        *(f"{name:<{width}}  {text_of(size):>10}" for name, size in rows if size or name == "predicted peak"),
+        "not counted: the CUDA context, and what the allocator cannot use of what it has reserved",
+        "",
+        f"FLOPs: {prediction.flops / 1e12:.1f} T a training step; decoder and gradients included, the reward not",
+        f'use: CheckpointedSampler(..., memory_budget="{plan.budget // 2**20}MiB"), '
+        f'rftcore.accelerate(vae, recompute="{prediction.decoder_level}")',
+        f"fits at most: a batch of {prediction.largest_batch} (steps replayed, an image at a time)"
+        + (
+            f"; {prediction.largest_k} of {options.steps} steps of this batch without replay"
+            if plan.differentiated
+            else ""
+        ),
+    ]
+    return "\n".join(lines)
+
+
+def _model(name: str) -> _Model:
+    """Raises: UsageError for a name that is not known and no folder of a pipeline."""
+    if name in published.UNETS:
+        return _Model(published.UNETS[name], published.AUTOENCODER, published.TOKENS)
+    folder = Path(name)
+    if not folder.is_dir():
+        raise UsageError(
+            f"--model {name} is no known model and no folder; {nearest(name, published.UNETS)} "
+            f"({', '.join(published.UNETS)}, or a diffusers pipeline's folder)"
+        )
+    configs = {part: _config(folder / part / "config.json") for part in ("unet", "vae", "text_encoder")}
+    for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
+        if configs[part] is None:
+            raise UsageError(f"--model {name}: there is no {part}/config.json; give the folder of a diffusers pipeline")
+        if configs[part].get("_class_name", kind.__name__) != kind.__name__:
+            raise UsageError(
+                f"--model {name}: its {part} is a {configs[part]['_class_name']}; a {kind.__name__} is served"
+            )
+    tokens = (configs["text_encoder"] or {}).get("max_position_embeddings", published.TOKENS)
+    return _Model(configs["unet"], configs["vae"], tokens)
+
+
+def _config(path: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model: {path} cannot be read: {error}") from error
+
+
+def _unet(model: _Model, options: PlanOptions, dtype: torch.dtype) -> UNet2DConditionModel:
+    targets = [name for target in options.target for name in (published.ATTENTION if target == ATTENTION else [target])]
+    try:
+        return published.unet(model.unet, torch.float32, options.rank, targets, dtype)[0]
+    except ValueError as error:
+        raise UsageError(f"--target {' '.join(options.target)}: {error}") from error
+
+
+def _held(unet: UNet2DConditionModel, vae: AutoencoderKL, options: PlanOptions) -> dict[str, int]:
+    count = sum(p.numel() for p in unet.parameters() if p.requires_grad)
+    return {
+        "UNet": sum(p.nbytes for p in unet.parameters() if not p.requires_grad),
+        "autoencoder": sum(p.nbytes for p in vae.parameters()),
+        "LoRA": 4 * count,
+        "its gradients": 4 * count,
+        f"{options.optimizer}'s state": OPTIMIZERS[options.optimizer] * count,
+        "reward": _bytes("--reward_memory", options.reward_memory),
+    }
+
+
+def _bytes(flag: str, text: str) -> int:
+    """Raises: UsageError."""
+    if text == "0":
+        return 0
+    try:
+        return bytes_of(text)
+    except ValueError as error:
+        raise UsageError(f"{flag} {text} must be a number of bytes with its unit, such as 24GiB") from error
+
+
+def _fitted(planner: Planner, available: int, reserve: int) -> Plan | None:
+    """The plan of the largest budget under which the chain fits, and the stored steps beside the decoding."""
+    budget = available
+    while budget > 0:
+        try:
+            plan = planner.plan(budget)
+        except ValueError:
+            return None
+        excess = planner.fixed + plan.stored_bytes + reserve - available
+        if excess <= 0:
+            return plan
+        if not plan.stored_bytes:
+            return None
+        budget -= excess
+    return None
+
+
+def _too_small(options: PlanOptions, planner: Planner, held: dict[str, int], reserve: int) -> str:
+    least = planner.least(reserve)
+    part = max(least, key=least.__getitem__)
+    return (
+        f"--device-memory {options.device_memory} is too small: weights, optimizer and reward take "
+        f"{text_of(sum(held.values()))} and {part} of {options.batch} images {text_of(least[part])} more, together "
+        f"{text_of(sum(held.values()) + least[part])}; make --batch or --resolution smaller"
+    )
+
+
+def _largest_batch(planner: Planner, available: int, reserve: int) -> int:
+    """How many images fit where each step is replayed, one image at a time."""
+    simulation = planner.simulation
+    latents = planner.fixed / planner.batch
+    # A step's bytes are a line in the number of images.
+    more = max(2, planner.batch)
+    one, many = (simulation.forward(images).peak for images in (1, more))
+    slope = (many - one) / (more - 1)
+    sampled = (available - one + slope) / (slope + latents)
+    others = max(size - planner.fixed for part, size in planner.least(reserve).items() if part != "a sampling step")
+    return max(0, math.floor(min(sampled, (available - others) / latents)))
