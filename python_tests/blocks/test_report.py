@@ -34,7 +34,7 @@ def test_as_text():
     unet.mid_block.resnets[0].conv1.register_forward_hook(lambda *_: None)
     lines = str(rftcore.report(unet)).splitlines()
     assert lines == [
-        "recompute: ff; 23 blocks served",
+        "recompute: ff; 24 blocks served",
         "stock: mid_block.resnets.0: Conv2d has hooks",
         "outside of known blocks: time_embedding.linear_1, time_embedding.linear_2",
     ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
@@ -27,20 +28,39 @@ class Builder:
     def __init__(self, inputs: Sequence[str], backends: dict[str, str]) -> None:
         self._inputs = tuple(inputs)
         self._steps: list[Step] = []
+        self._boundaries: list[str] = []
         self.parameters: list[Tensor | None] = []
         self._backends = backends
+        self._prefix, self._inside = "", set[str]()
 
     @property
     def program(self) -> Program:
-        return Program(self._inputs, tuple(self._steps))
+        return Program(self._inputs, tuple(self._steps), tuple(self._boundaries))
+
+    @contextlib.contextmanager
+    def within(self, layer: str) -> Iterator[None]:
+        """Values written inside have names that begin with `layer` and a dot; names are looked up there first."""
+        self._prefix, self._inside = f"{layer}.", set()
+        try:
+            yield
+        finally:
+            self._prefix, self._inside = "", set()
+
+    def boundary(self, name: str) -> str:
+        """Notes that a block ends with this value and another begins with it."""
+        self._boundaries.append(name)
+        return name
 
     def step(self, kind, inputs: Sequence[str], outputs: Sequence[str], parameters=(), statistics: Sequence[str] = ()):
         """Any step; returns the name of its first output."""
         start = len(self.parameters)
         self.parameters.extend(parameters)
         places = range(start, len(self.parameters))
-        self._steps.append(Step(kind, tuple(inputs), tuple(outputs), tuple(statistics), places))
-        return outputs[0]
+        read = tuple(self._prefix + name if name in self._inside else name for name in inputs)
+        made = tuple(self._prefix + name for name in outputs)
+        self._inside.update(outputs)
+        self._steps.append(Step(kind, read, made, tuple(self._prefix + name for name in statistics), places))
+        return made[0]
 
     def _backend(self, op: str) -> str:
         return self._backends.get(op, "auto")
@@ -78,7 +98,7 @@ class Builder:
         self.step(kind, [n] if residual is None else [n, residual], outputs, flatten(p for p, _ in read))
         for name, output, (_, dropped) in zip(names, outputs, read, strict=True):
             self._add_dropped(name, n, output, dropped, None)
-        return names[0]
+        return self._prefix + names[0]
 
     def convolution(self, name: str, x: str, layer: nn.Module, residual: str | None = None, own=False) -> str:
         """`own`: the layer is the block."""
@@ -87,7 +107,7 @@ class Builder:
         output = name if not dropped else f"{name}.undropped"
         self.step(kind, [x] if residual is None else [x, residual], [output], flatten([projection]))
         self._add_dropped(name, x, output, dropped, geometry)
-        return name
+        return self._prefix + name
 
     def _add_dropped(self, name: str, n: str, y: str, dropped: Sequence[Dropped], geometry: Geometry | None) -> None:
         """Adds to y, until it is `name`, what adapters with dropout make of n."""

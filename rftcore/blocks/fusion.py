@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from rftcore.blocks import kinds
-from rftcore.blocks.program import Program, Step, read_by_backward
+from rftcore.blocks.program import Program, Step, plan, read_by_backward
 
 
 class _Group(NamedTuple):
@@ -36,7 +36,7 @@ def fuse(program: Program, needs: tuple[bool, ...], drop: frozenset[str]) -> Pro
     """
     groups, steps = _groups(program, needs, drop), iter(program.steps)
     joined = (_joined(group, [next(steps) for _ in range(group.size)]) for group in groups)
-    return Program(program.inputs, tuple(joined))
+    return Program(program.inputs, tuple(joined), program.boundaries)
 
 
 def wants(inputs: Sequence, parameters: Sequence) -> tuple[bool, ...]:
@@ -49,7 +49,7 @@ def wants(inputs: Sequence, parameters: Sequence) -> tuple[bool, ...]:
 def _groups(program: Program, needs: tuple[bool, ...], drop: frozenset[str]) -> tuple[_Group, ...]:
     steps, found = program.steps, []
     uses = collections.Counter(name for step in steps for name in step.inputs)
-    read = read_by_backward(program, needs)
+    read, remade = read_by_backward(program, needs), plan(program, needs, drop).remade
 
     def leads(i: int, first: type, second: type) -> bool:
         """Whether step i + 1 is all that takes the single output of step i."""
@@ -68,7 +68,8 @@ def _groups(program: Program, needs: tuple[bool, ...], drop: frozenset[str]) -> 
             and not steps[linear].kind.residual
             and steps[linear + 1].outputs[0] not in read
         )
-        keeps = gated and any(needs) and steps[linear].outputs[0] not in drop
+        # Where the gate's output is wanted again, what it reads is made on the way there, and once is enough.
+        keeps = gated and any(needs) and (steps[linear].outputs[0] not in drop or linear + 1 in remade)
         found.append(_Group(1 + normed + gated, normed, gated, keeps))
         i += found[-1].size
     return tuple(found)

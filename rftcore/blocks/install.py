@@ -14,14 +14,25 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, CrossAttnUpBlock2D, UpBlock2D
+from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, CrossAttnDownBlock2D, CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
 from peft import PeftModel
 from peft.tuners import lora
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from rftcore.blocks import attention, ends, layers, levels, modules, resampling, resnet, transformer, up_block
+from rftcore.blocks import (
+    attention,
+    down_block,
+    ends,
+    layers,
+    levels,
+    modules,
+    resampling,
+    resnet,
+    transformer,
+    up_block,
+)
 from rftcore.blocks.budget import Budget, bytes_of
 from rftcore.blocks.modules import Unserved
 from rftcore.blocks.served import Served, served
@@ -36,6 +47,7 @@ _FORWARDS: dict[type, Callable] = {
     Upsample2D: resampling.forward_up,
     Transformer2DModel: transformer.forward_model,
     BasicTransformerBlock: transformer.forward_block,
+    CrossAttnDownBlock2D: down_block.forward,
     UpBlock2D: up_block.forward,
     AttnUpBlock2D: up_block.forward,
     CrossAttnUpBlock2D: up_block.forward_cross_attention,
@@ -167,12 +179,14 @@ def _refusal(block: nn.Module, place: Place) -> str | None:
     try:
         if isinstance(block, UpBlock2D | AttnUpBlock2D | CrossAttnUpBlock2D):
             up_block.check(block, type(block))
+        elif isinstance(block, CrossAttnDownBlock2D):
+            down_block.check(block)
         elif isinstance(block, BasicTransformerBlock):
             transformer.write_block(place.builder(), block, 0, True)
         elif modules.base_of(block).__class__ is nn.Conv2d:
             modules.convolution(block, own=True)
         else:
-            layers.write(place.builder(), (block,), ("hidden_states",), layers.embedded(block), True)
+            layers.write(place.builder(), (block,), (), layers.embedded(block), True)
     except Unserved as reason:
         return str(reason)
     return None

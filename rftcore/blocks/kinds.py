@@ -302,7 +302,8 @@ class Concatenation(Kind):
     cheap: ClassVar[bool] = True
 
     def reads(self, needs):
-        return (), (), False
+        # Its backward does not look at them; but where they are kept, their sum need not be.
+        return (0, 1), (), False
 
     def forward(self, inputs, parameters, lower, state=None):
         return (torch.cat(inputs, dim=1),), (), [t.shape[1] for t in inputs]

@@ -11,11 +11,11 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from diffusers.models.unets.unet_2d_blocks import CrossAttnUpBlock2D
+from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from rftcore.blocks import attention, modules, resampling, resnet, transformer
+from rftcore.blocks import attention, modules, resampling, stage, transformer
 from rftcore.blocks.builder import Builder
 from rftcore.blocks.modules import Unserved
 from rftcore.blocks.program import Program
@@ -44,16 +44,20 @@ class _Site(NamedTuple):
     """Where a program runs.
 
     Attributes:
-        blocks: one block, or a ResNet and the transformer after it.
-        channels: of its input, or of the two parts of that.
+        owner: the block under whose name it does.
+        blocks: one block, or ResNets with the transformers after them.
+        channels: of its input.
         scale: how often its input was halved since the model's; negative where it was doubled.
-        skip_is_shared: whether the second part is the input of another layer, too.
+        skips: of each skip connection that it takes, the channels, and whether another layer keeps it anyway.
+        parts: what runs in its place where it cannot be served.
     """
 
+    owner: nn.Module
     blocks: tuple[nn.Module, ...]
-    channels: tuple[int, ...]
+    channels: int
     scale: int
-    skip_is_shared: bool = True
+    skips: tuple[tuple[int, bool], ...] = ()
+    parts: tuple[_Site, ...] = ()
 
 
 def layers(model: nn.Module, batch: int, height: int, width: int, dtype: torch.dtype) -> Iterator[Layer]:
@@ -71,16 +75,23 @@ def layers(model: nn.Module, batch: int, height: int, width: int, dtype: torch.d
             f"recompute='auto' cannot divide a budget among the layers of this {type(model).__name__}, whose build it "
             f"does not know ({error}); choose one of the other levels."
         ) from error
-    for site in sites:
+    while sites:
+        site = sites.pop(0)
         try:
             yield _layer(site, batch, height, width, dtype)
         except Unserved:
-            continue
+            sites[:0] = site.parts
 
 
 def scales(model: nn.Module) -> dict[str, int]:
     """How often the input of each layer was halved since the model's, by the layer's name."""
-    return {served(site.blocks[-1]).place.name: site.scale for site in _sites(model) if _is_served(site)}
+    found, sites = {}, list(_sites(model))
+    while sites:
+        site = sites.pop()
+        sites += site.parts
+        if served(site.owner) is not None:
+            found[served(site.owner).place.name] = site.scale
+    return found
 
 
 def _sites(model: nn.Module) -> Iterator[_Site]:
@@ -92,13 +103,17 @@ def _sites(model: nn.Module) -> Iterator[_Site]:
         stages = [*zip(model.down_blocks, range(halvings + 1), strict=True), (model.mid_block, halvings)]
         stages += [(block, halvings - i) for i, block in enumerate(model.up_blocks)]
         skips = _skips(model)
-    yield _Site((model.conv_in,), (modules.base_of(model.conv_in).in_channels,), stages[0][1])
-    for stage, scale in stages:
-        if stage is not None:
-            yield from _stage_sites(stage, scale, skips if stage in list(model.up_blocks) else None)
+    yield _single(model.conv_in, modules.base_of(model.conv_in).in_channels, stages[0][1])
+    for block, scale in stages:
+        if block is not None:
+            yield from _stage_sites(block, scale, skips if block in list(model.up_blocks) else None)
     for end, channels in ((model.conv_norm_out, "num_channels"), (model.conv_out, "in_channels")):
         if end is not None:
-            yield _Site((end,), (getattr(modules.base_of(end), channels),), stages[-1][1])
+            yield _single(end, getattr(modules.base_of(end), channels), stages[-1][1])
+
+
+def _single(block: nn.Module, channels: int, scale: int) -> _Site:
+    return _Site(block, (block,), channels, scale)
 
 
 def _skips(unet: nn.Module) -> list[tuple[int, bool]]:
@@ -116,60 +131,68 @@ def _skips(unet: nn.Module) -> list[tuple[int, bool]]:
     return skips
 
 
-def _stage_sites(stage: nn.Module, scale: int, skips: list[tuple[int, bool]] | None) -> Iterator[_Site]:
+def _stage_sites(block: nn.Module, scale: int, skips: list[tuple[int, bool]] | None) -> Iterator[_Site]:
     """The sites of a down-block, the middle or an up-block; `skips`, where it takes them, from their end."""
-    attentions = [a for a in getattr(stage, "attentions", None) or () if a is not None]
+    attentions = [a for a in getattr(block, "attentions", None) or () if a is not None]
     # The middle begins with a ResNet more.
-    first = len(stage.resnets) - len(attentions) if attentions else 0
-    for i, inner in enumerate(stage.resnets):
-        channels, shared = (inner.in_channels,), True
-        if skips is not None:
-            skip, shared = skips.pop()
-            channels = (inner.in_channels - skip, skip)
+    first = len(block.resnets) - len(attentions) if attentions else 0
+    found = []
+    for i, inner in enumerate(block.resnets):
+        own = () if skips is None else (skips.pop(),)
         if first and i >= first:
-            yield _Site((attentions[i - first],), channels, scale)
-        following = attentions[i] if not first and attentions else None
-        joined = isinstance(stage, CrossAttnUpBlock2D)
-        yield _Site((inner, following) if joined else (inner,), channels, scale, shared)
-        if following is not None and not joined:
-            yield _Site((following,), (inner.out_channels,), scale)
-    for resampler in (*(getattr(stage, "downsamplers", None) or ()), *(getattr(stage, "upsamplers", None) or ())):
+            found.append(_single(attentions[i - first], inner.in_channels, scale))
+        layer = _Site(inner, (inner,), inner.in_channels - sum(channels for channels, _ in own), scale, own)
+        if not first and attentions:
+            after = _single(attentions[i], inner.out_channels, scale)
+            if isinstance(block, CrossAttnDownBlock2D | CrossAttnUpBlock2D):
+                layer = _Site(attentions[i], (inner, attentions[i]), layer.channels, scale, own, (layer, after))
+                found.append(layer)
+            else:
+                found += [layer, after]
+        else:
+            found.append(layer)
+    if isinstance(block, UpBlock2D | CrossAttnUpBlock2D) and found:
+        blocks = tuple(module for site in found for module in site.blocks)
+        taken = tuple(skip for site in found for skip in site.skips)
+        found = [_Site(block, blocks, found[0].channels, scale, taken, tuple(found))]
+    yield from found
+    for resampler in (*(getattr(block, "downsamplers", None) or ()), *(getattr(block, "upsamplers", None) or ())):
         if isinstance(resampler, Downsample2D | Upsample2D):
-            yield _Site((resampler,), (resampler.channels,), scale)
-
-
-def _is_served(site: _Site) -> bool:
-    return all(served(block) is not None for block in site.blocks)
+            yield _single(resampler, resampler.channels, scale)
 
 
 def _layer(site: _Site, batch: int, height: int, width: int, dtype: torch.dtype) -> Layer:
     """Raises: Unserved."""
-    if not _is_served(site):
+    if any(served(module) is None for module in (site.owner, *site.blocks)):
         raise Unserved("not served")
+    if len(site.blocks) > 1 or site.skips:
+        for module in site.blocks:
+            modules.check_hooks(module, own=True)
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     pixels = [-(-size // 2**site.scale) if site.scale > 0 else size * 2**-site.scale for size in (height, width)]
-    images = [empty(batch, channels, *pixels) for channels in site.channels]
-    place = served(site.blocks[-1]).place
-    first, last = site.blocks[0], site.blocks[-1]
-    parts = resnet.TWO_PARTS if len(images) == 2 else ("hidden_states",)
-    inputs = dict(zip(parts, images, strict=True))
+    first = site.blocks[0]
+    skips = stage.skip_names(len(site.skips))
+    inputs = {"hidden_states": empty(batch, site.channels, *pixels)}
+    inputs.update((name, empty(batch, skip[0], *pixels)) for name, skip in zip(skips, site.skips, strict=True))
     if embedded(first):
         inputs["temb"] = empty(batch, modules.base_of(first.time_emb_proj).in_features)
-    cross = last.transformer_blocks[0].attn2 if isinstance(last, Transformer2DModel) else None
-    if cross is not None:
-        inputs["encoder_hidden_states"] = empty(batch, TEXT_TOKENS, modules.base_of(cross.to_k).in_features)
+    cross = [b.transformer_blocks[0].attn2 for b in site.blocks if isinstance(b, Transformer2DModel)]
+    if cross and cross[0] is not None:
+        inputs["encoder_hidden_states"] = empty(batch, TEXT_TOKENS, modules.base_of(cross[0].to_k).in_features)
     # Prices do not depend on who serves, and these serve on the meta device.
     b = Builder(inputs, {"attention": "math", "group_norm_silu": "reference", "geglu": "reference"})
-    write(b, site.blocks, parts, embedded(first), cross is not None)
-    shared = {"temb", "encoder_hidden_states", *([resnet.TWO_PARTS[1]] if site.skip_is_shared else [])}
+    write(b, site.blocks, skips, embedded(first), "encoder_hidden_states" in inputs)
+    shared = {"temb", "encoder_hidden_states"}
+    shared |= {name for name, (_, is_shared) in zip(skips, site.skips, strict=True) if is_shared}
     parameters = tuple(
         None if p is None else torch.empty(p.shape, dtype=p.dtype, device="meta", requires_grad=p.requires_grad)
         for p in b.parameters
     )
-    return Layer(place.name, b.program, tuple(inputs.values()), parameters, frozenset(shared))
+    name = served(site.owner).place.name
+    return Layer(name, b.program, tuple(inputs.values()), parameters, frozenset(shared))
 
 
 def embedded(block: nn.Module) -> bool:
@@ -177,27 +200,38 @@ def embedded(block: nn.Module) -> bool:
     return isinstance(block, ResnetBlock2D) and block.time_emb_proj is not None
 
 
-def write(b: Builder, blocks: Sequence[nn.Module], parts: tuple[str, ...], embedded: bool, conditioned: bool) -> None:
-    """Writes the steps of these blocks, one after the other, for the parts of the first one's input.
+def write(b: Builder, blocks: Sequence[nn.Module], skips: Sequence[str], embedded: bool, conditioned: bool) -> None:
+    """Writes the steps of these blocks, for the input "hidden_states".
 
     Args:
+        blocks: one, or ResNets with the transformers after them.
+        skips: names of the skip connections that they take.
         embedded, conditioned: whether the program has the inputs "temb" and "encoder_hidden_states".
 
     Raises: Unserved.
     """
-    x = parts[0]
-    for block in blocks:
-        if isinstance(block, ResnetBlock2D):
-            x = resnet.write(b, block, parts, embedded)
-        elif isinstance(block, Transformer2DModel):
-            transformer.write(b, block, x, conditioned)
-        elif isinstance(block, Attention):
-            attention.write_image(b, block)
-        elif isinstance(block, Downsample2D):
-            resampling.write_down(b, block)
-        elif isinstance(block, Upsample2D):
-            resampling.write_up(b, block, None)
-        elif isinstance(block, nn.GroupNorm):
-            b.group_norm("y", x, block, silu=True, own=True)
-        else:
-            b.convolution("y", x, block, own=True)
+    x, block = "hidden_states", blocks[0]
+    if isinstance(block, ResnetBlock2D):
+        stage.write(b, _rows(blocks), x, skips, embedded, conditioned)
+    elif isinstance(block, Transformer2DModel):
+        transformer.write(b, block, x, conditioned)
+    elif isinstance(block, Attention):
+        attention.write_image(b, block)
+    elif isinstance(block, Downsample2D):
+        resampling.write_down(b, block)
+    elif isinstance(block, Upsample2D):
+        resampling.write_up(b, block, None)
+    elif isinstance(block, nn.GroupNorm):
+        b.group_norm("y", x, block, silu=True, own=True)
+    else:
+        b.convolution("y", x, block, own=True)
+
+
+def _rows(blocks: Sequence[nn.Module]) -> list[stage.Layer]:
+    """Each ResNet with the transformer after it, if one is."""
+    following = [*blocks[1:], None]
+    return [
+        (block, after if isinstance(after, Transformer2DModel) else None)
+        for block, after in zip(blocks, following, strict=True)
+        if isinstance(block, ResnetBlock2D)
+    ]

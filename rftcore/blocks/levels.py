@@ -25,14 +25,12 @@ def drop(program: Program, level: str) -> frozenset[str]:
     "none": what no matrix product and no convolution is needed for; "ff": also the feed-forward's projection; "qkv":
     also queries, keys and values; "block": everything but the inputs of blocks.
     """
-    names = {name for step in program.steps for name in step.outputs}
-    chosen = LEVELS[level]
+    names, chosen = frozenset(name for step in program.steps for name in step.outputs), LEVELS[level]
     if chosen is None:
-        return frozenset(name for name in names if not is_boundary(program, name))
+        return names - {*program.boundaries}
     return frozenset(name for name in names if name.rpartition(".")[2] in chosen)
 
 
 def is_boundary(program: Program, name: str) -> bool:
     """Whether this value is the input of a transformer block that follows another one."""
-    index, _, value = name.rpartition(".")
-    return value == "h" and index not in ("", "0") and f"{index}.n1" in {o for s in program.steps for o in s.outputs}
+    return name in program.boundaries and name.endswith(".h")

@@ -12,7 +12,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
-from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, CrossAttnUpBlock2D, UpBlock2D
+from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, CrossAttnDownBlock2D, CrossAttnUpBlock2D, UpBlock2D
 from diffusers.models.upsampling import Upsample2D
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -40,7 +40,7 @@ _FORWARDS: dict[type, Callable] = {
         *(nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm, nn.SiLU, nn.Dropout, nn.Identity),
         *(lora.Linear, lora.Conv2d),
         *(ResnetBlock2D, Downsample2D, Upsample2D, Transformer2DModel, BasicTransformerBlock),
-        *(Attention, FeedForward, GEGLU, UpBlock2D, AttnUpBlock2D, CrossAttnUpBlock2D),
+        *(Attention, FeedForward, GEGLU, UpBlock2D, AttnUpBlock2D, CrossAttnUpBlock2D, CrossAttnDownBlock2D),
     )
 }
 

@@ -66,14 +66,23 @@ class Step(NamedTuple):
 
 
 class Program(NamedTuple):
-    """The steps of a block. The last step's output is the block's."""
+    """The steps of a block. The last step's output is the block's.
+
+    Attributes:
+        boundaries: names of values with which one block inside ends and another begins.
+    """
 
     inputs: tuple[str, ...]
     steps: tuple[Step, ...]
+    boundaries: tuple[str, ...] = ()
 
     @property
     def output(self) -> str:
         return self.steps[-1].outputs[0]
+
+    @property
+    def parameter_count(self) -> int:
+        return max(step.parameters.stop for step in self.steps)
 
 
 class Plan(NamedTuple):

@@ -12,46 +12,29 @@ from rftcore.blocks.builder import Builder
 from rftcore.blocks.modules import Unserved
 from rftcore.blocks.serving import Place, check_call
 
-# Names of the inputs where the ResNet's input is cut together.
-TWO_PARTS = ("hidden_states", "res_hidden_states")
-
 
 def forward(block: ResnetBlock2D, place: Place, input_tensor: Tensor, temb: Tensor | None = None, *args, **kwargs):
     """In place of ResnetBlock2D.forward."""
+    inputs = {"hidden_states": input_tensor} | ({} if temb is None else {"temb": temb})
+    b = place.builder(*inputs)
     try:
         if args or kwargs:
             raise Unserved("it was called with further arguments")
-        prepared = prepare(block, place, (input_tensor,), temb)
+        modules.check_own(block, ResnetBlock2D)
+        check_call(input_tensor, temb)
+        check_embedding(input_tensor, temb)
+        write(b, block, ("hidden_states",), temb is not None)
     except Unserved as reason:
         refusal = str(reason)
     else:
-        return place.run(*prepared)
+        return place.run(b, list(inputs.values()))
     return place.stock(block, refusal, input_tensor, temb, *args, **kwargs)
 
 
-def prepare(
-    block: ResnetBlock2D, place: Place, parts: Sequence[Tensor], temb: Tensor | None
-) -> tuple[Builder, list[Tensor]]:
-    """The block's program, and its inputs, for an input that is these parts (N, C_i, H, W) along the channels.
-
-    Raises: Unserved.
-    """
-    inputs = checked_inputs(block, parts, temb)
-    b = place.builder(*inputs)
-    write(b, block, _names(parts), temb is not None)
-    return b, list(inputs.values())
-
-
-def checked_inputs(block: ResnetBlock2D, parts: Sequence[Tensor], temb: Tensor | None) -> dict[str, Tensor]:
-    """Parts and embedding by the names that they have in the program. Raises: Unserved."""
-    modules.check_own(block, ResnetBlock2D)
-    check_call(*parts, temb)
-    inputs = dict(zip(_names(parts), parts, strict=True))
-    if temb is not None:
-        if temb.shape[:1] != parts[0].shape[:1]:
-            raise Unserved(f"temb is {tuple(temb.shape)}, for {parts[0].shape[0]} images")
-        inputs["temb"] = temb
-    return inputs
+def check_embedding(x: Tensor, temb: Tensor | None) -> None:
+    """Raises: Unserved."""
+    if temb is not None and temb.shape[:1] != x.shape[:1]:
+        raise Unserved(f"temb is {tuple(temb.shape)}, for {x.shape[0]} images")
 
 
 def write(b: Builder, block: ResnetBlock2D, parts: Sequence[str], embedded: bool) -> str:
@@ -85,7 +68,3 @@ def _embedding(b: Builder, block: ResnetBlock2D, embedded: bool) -> tuple[str | 
     if not block.skip_time_act:
         temb = b.step(kinds.SiLU(), [temb], ["activated_temb"])
     return b.linear(["embedding"], temb, [block.time_emb_proj]), how
-
-
-def _names(parts: Sequence[Tensor]) -> tuple[str, ...]:
-    return ("hidden_states",) if len(parts) == 1 else TWO_PARTS

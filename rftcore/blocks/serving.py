@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from rftcore.blocks import fusion, levels, modules
+from rftcore.blocks import cutting, fusion, levels, modules
 from rftcore.blocks.builder import Builder
 from rftcore.blocks.modules import Unserved
 from rftcore.blocks.program import Program, run
+from rftcore.blocks.served import served
 from rftcore.ops import autocast, backends
 from rftcore.ops.compiled import DTYPES
 
@@ -32,12 +33,25 @@ class Serving:
         backends: of an op's name, the backend asked for.
         refusals: of a block's name, why its last call ran its own forward.
         budget: chooses what a layer makes again where `recompute` is "auto"; None for a block copied out of its model.
+        drops: a level or, of a layer's name, the values that it makes again, in place of both; None: they decide.
     """
 
     recompute: str
     backends: dict[str, str]
     refusals: dict[str, str] = dataclasses.field(default_factory=dict)
     budget: Chooser | None = None
+    drops: Mapping[str, frozenset[str]] | str | None = None
+
+
+def servings(module: nn.Module) -> list[Serving]:
+    """Of what is accelerated inside `module`, each model's.
+
+    Raises: ValueError where nothing is.
+    """
+    found = {id(ours.place.serving): ours.place.serving for block in module.modules() if (ours := served(block))}
+    if not found:
+        raise ValueError(f"module={type(module).__name__} is not accelerated; call rftcore.accelerate(module) first.")
+    return list(found.values())
 
 
 @dataclasses.dataclass
@@ -60,9 +74,14 @@ class Place:
         _check(self.name, program.inputs, inputs, parameters)
         self.served()
         drop = self._drop(program, inputs, parameters)
-        # Of the tensors alone: without a graph, too, the steps are those that a replay with one takes, bit for bit.
-        needs = fusion.wants(inputs, parameters)
-        return run(fusion.fuse(program, needs, drop), inputs, parameters, drop)
+        given, before = dict(zip(program.inputs, inputs, strict=True)), inputs[0]
+        for part, places in cutting.cut(program, drop):
+            tensors = [before, *(given[name] for name in part.inputs[1:])]
+            own = parameters[places.start : places.stop]
+            # Of the tensors alone: without a graph, too, the steps are those that a replay with one takes, bit for bit.
+            needs = fusion.wants(tensors, own)
+            before = run(fusion.fuse(part, needs, drop), tensors, own, drop)
+        return before
 
     def _drop(self, program: Program, inputs: Sequence[Tensor], parameters) -> frozenset[str]:
         """The values to make again."""
@@ -70,7 +89,11 @@ class Place:
             return frozenset()
         if not torch.is_grad_enabled():
             return levels.drop(program, "block")
-        recompute, budget = self.serving.recompute, self.serving.budget
+        recompute, budget, drops = self.serving.recompute, self.serving.budget, self.serving.drops
+        if isinstance(drops, str):
+            return levels.drop(program, drops)
+        if drops is not None:
+            return drops.get(self.name, frozenset())
         if recompute != "auto":
             return levels.drop(program, recompute)
         lower = autocast.active(inputs[0].device)

@@ -90,6 +90,8 @@ def write(b: Builder, block: Transformer2DModel, x: str, conditioned: bool) -> s
     else:
         h = b.step(kinds.ToTokens(), [b.convolution("projected", n, block.proj_in)], ["0.h"])
     for i, inner in enumerate(block.transformer_blocks):
+        if i > 0:
+            b.boundary(h)
         modules.expect(inner, BasicTransformerBlock, own=True)
         h = write_block(b, inner, i, conditioned)
     if block.use_linear_projection:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import torch
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, CrossAttnUpBlock2D, UpBlock2D
 from torch import Tensor, is_grad_enabled, nn
 
-from rftcore.blocks import modules, resnet, transformer
+from rftcore.blocks import modules, stage
 from rftcore.blocks.modules import Unserved
-from rftcore.blocks.served import served
 from rftcore.blocks.serving import Place, check_call
 
 
@@ -35,10 +31,12 @@ def forward(
     else:
         place.served()
         attentions = getattr(block, "attentions", None)
-        for i, inner in enumerate(block.resnets):
-            hidden_states = _resnet(inner, (hidden_states, res_hidden_states_tuple[-1 - i]), temb)
-            if attentions is not None:
-                hidden_states = attentions[i](hidden_states)
+        skips = [res_hidden_states_tuple[-1 - i] for i in range(len(block.resnets))]
+        if attentions is None:
+            hidden_states = _run(place, [(inner, None) for inner in block.resnets], hidden_states, skips, temb)
+        else:
+            for inner, attention, skip in zip(block.resnets, attentions, skips, strict=True):
+                hidden_states = attention(stage.run_layer((inner, None), hidden_states, skip, temb))
         for upsampler in block.upsamplers or ():
             # AttnUpBlock2D does not pass a size on.
             hidden_states = upsampler(hidden_states, *(() if attentions is not None else (upsample_size,)))
@@ -66,23 +64,13 @@ def forward_cross_attention(
         refusal = str(reason)
     else:
         place.served()
-        for i, (inner, attention) in enumerate(zip(block.resnets, block.attentions, strict=True)):
-            parts = hidden_states, res_hidden_states_tuple[-1 - i]
-            try:
-                transformer.check_arguments(attention_mask, encoder_attention_mask, cross_attention_kwargs)
-                layer = _layer(inner, attention, parts, temb, encoder_hidden_states)
-            except Unserved:
-                hidden_states = attention(
-                    _resnet(inner, parts, temb),
-                    encoder_hidden_states=encoder_hidden_states,
-                    cross_attention_kwargs=cross_attention_kwargs,
-                    attention_mask=attention_mask,
-                    encoder_attention_mask=encoder_attention_mask,
-                    return_dict=False,
-                )[0]
-            else:
-                served(inner).place.served()
-                hidden_states = served(attention).place.run(*layer)
+        layers = list(zip(block.resnets, block.attentions, strict=True))
+        skips = [res_hidden_states_tuple[-1 - i] for i in range(len(layers))]
+        hidden_states = _run(
+            place, layers, hidden_states, skips, temb, encoder_hidden_states,
+            cross_attention_kwargs=cross_attention_kwargs, attention_mask=attention_mask,
+            encoder_attention_mask=encoder_attention_mask,
+        )  # fmt: skip
         for upsampler in block.upsamplers or ():
             hidden_states = upsampler(hidden_states, upsample_size)
         return hidden_states
@@ -90,6 +78,26 @@ def forward_cross_attention(
         block, refusal, hidden_states, res_hidden_states_tuple, temb, encoder_hidden_states,
         cross_attention_kwargs, upsample_size, attention_mask, encoder_attention_mask,
     )  # fmt: skip
+
+
+def _run(
+    place: Place,
+    layers: list[stage.Layer],
+    hidden_states: Tensor,
+    skips: list[Tensor],
+    temb: Tensor | None,
+    encoder_hidden_states: Tensor | None = None,
+    **arguments,
+) -> Tensor:
+    """The output of all layers, as one program; where one of them cannot be served, each for itself."""
+    try:
+        stage.check_arguments(**arguments)
+        prepared = stage.prepare(place, layers, hidden_states, skips, temb, encoder_hidden_states)
+    except Unserved:
+        for layer, skip in zip(layers, skips, strict=True):
+            hidden_states = stage.run_layer(layer, hidden_states, skip, temb, encoder_hidden_states, **arguments)
+        return hidden_states
+    return place.run(*prepared)
 
 
 def check(block: nn.Module, *kinds: type) -> None:
@@ -101,33 +109,3 @@ def check(block: nn.Module, *kinds: type) -> None:
         raise Unserved("gradient checkpointing is on")
     if getattr(block, "upsample_type", "conv") == "resnet":
         raise Unserved("it upsamples by a ResNet")
-
-
-def _resnet(inner: ResnetBlock2D, parts: tuple[Tensor, Tensor], temb: Tensor | None) -> Tensor:
-    """The output of a ResNet for an input in two parts; from its own call, where it has hooks or cannot be served."""
-    try:
-        modules.expect(inner, ResnetBlock2D, own=True)
-        if served(inner) is None:
-            raise Unserved("not served")
-        prepared = resnet.prepare(inner, served(inner).place, parts, temb)
-    except Unserved:
-        prepared = None
-    return inner(torch.cat(parts, dim=1), temb) if prepared is None else served(inner).place.run(*prepared)
-
-
-def _layer(inner: ResnetBlock2D, attention: Transformer2DModel, parts, temb, encoder_hidden_states):
-    """ResNet and transformer as one program, and its inputs: what lies between them need not be kept either.
-
-    Raises: Unserved.
-    """
-    modules.expect(inner, ResnetBlock2D, own=True)
-    modules.expect(attention, Transformer2DModel, own=True)
-    if served(inner) is None or served(attention) is None:
-        raise Unserved("not served")
-    inputs = resnet.checked_inputs(inner, parts, temb)
-    context = transformer.checked_inputs(attention, Transformer2DModel, "", parts[0], encoder_hidden_states)
-    inputs.update((name, tensor) for name, tensor in context.items() if name)
-    b = served(attention).place.builder(*inputs)
-    x = resnet.write(b, inner, resnet.TWO_PARTS, temb is not None)
-    transformer.write(b, attention, x, encoder_hidden_states is not None)
-    return b, list(inputs.values())
