@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import HeunDiscreteScheduler, UNet2DConditionModel
 
 import rftcore
 
@@ -53,8 +53,8 @@ def test_scheduler_options(build, make_scheduler, kind, options, arguments, mess
 
 
 def test_unknown_scheduler(build, make_scheduler):
-    with pytest.raises(ValueError, match="EulerDiscreteScheduler is not served; allowed are DDIMScheduler, DDPM"):
-        build(scheduler=EulerDiscreteScheduler())
+    with pytest.raises(ValueError, match="HeunDiscreteScheduler is not served; allowed are DDIMScheduler, DDPM"):
+        build(scheduler=HeunDiscreteScheduler())
 
     class Mine(type(make_scheduler())):
         def step(self, *args, **kwargs):

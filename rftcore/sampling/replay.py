@@ -78,6 +78,12 @@ class GradientSum:
             else:
                 self._sums[index] += wide
 
+    def clear(self) -> None:
+        """Back to zero, in the same memory."""
+        for total in self._sums:
+            if total is not None:
+                total.zero_()
+
     def result(self) -> list[Tensor | None]:
         return [None if s is None else s.to(dtype) for s, dtype in zip(self._sums, self._dtypes, strict=True)]
 
@@ -93,7 +99,10 @@ def replay_parameters(parameters: Mapping[str, nn.Parameter]) -> tuple[list[Tens
 
 
 def gradients(
-    outputs: Sequence[Tensor], grads: Sequence[Tensor | None], inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    retain_graph: bool = False,
 ) -> list[Tensor | None]:
     """`torch.autograd.grad`, with None for inputs that are constants or not reached, and for outputs without grad."""
     pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None and o.requires_grad]
@@ -101,5 +110,5 @@ def gradients(
     if not pairs or not wanted:
         return [None] * len(inputs)
     outputs, grads = zip(*pairs, strict=True)
-    found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
+    found = iter(torch.autograd.grad(outputs, wanted, grads, retain_graph=retain_graph, allow_unused=True))
     return [next(found) if tensor.requires_grad else None for tensor in inputs]

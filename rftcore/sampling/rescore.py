@@ -24,12 +24,19 @@ class Transition:
         x, next_x: (B, C, h, w) the states before and after.
         t: (B,) timesteps.
         coefficients: (B, 9).
+        input_scales: (B,) what x is multiplied by before the model sees it, None for nothing.
     """
 
     x: Tensor
     next_x: Tensor
     t: Tensor
     coefficients: Tensor
+    input_scales: Tensor | None = None
+
+    @property
+    def model_input(self) -> Tensor:
+        """x as the model sees it."""
+        return self.x if self.input_scales is None else self.x * self.input_scales.reshape(-1, 1, 1, 1)
 
 
 @dataclasses.dataclass
@@ -98,7 +105,9 @@ class Rescore:
         conditioning = dict(zip(self.names, leaves, strict=False))
 
         def evaluate() -> Tensor:
-            return self.denoiser(transition.x, transition.t, conditioning, guided=self.guided, parameters=swapped)
+            return self.denoiser(
+                transition.model_input, transition.t, conditioning, guided=self.guided, parameters=swapped
+            )
 
         # The adapted model comes first: a replay starts from its random state, and has the reference already.
         model_output = evaluate()

@@ -1,8 +1,9 @@
-"""`CheckpointedSampler`: a sampling chain one can differentiate through on the memory of one step."""
+"""`CheckpointedSampler`: a sampling chain one can differentiate through, on whatever memory there is."""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,36 +15,58 @@ from torch import Tensor, nn
 from rftcore.ops.sampler_step import Coefficient
 from rftcore.sampling import replay
 from rftcore.sampling.adapters import adapters_off
+from rftcore.sampling.captures import Captures
 from rftcore.sampling.chain import Chain
 from rftcore.sampling.conditioning import Conditioning
 from rftcore.sampling.denoiser import Denoiser
+from rftcore.sampling.device_table import DeviceTable
+from rftcore.sampling.evaluations import Evaluations
 from rftcore.sampling.gradient_path import GradientPath
+from rftcore.sampling.merged import merged as merged_weights
+from rftcore.sampling.plan import Plan
+from rftcore.sampling.plans import Plans
 from rftcore.sampling.rescore import Rescore, Transition
-from rftcore.sampling.schedule import StepTable, step_table
+from rftcore.sampling.schedule import step_table
 from rftcore.sampling.trajectory import Trajectory
 
 REFERENCES = (None, "exact", "uniform")
+_MERGED_WITH_GRADIENT = (
+    "merged=True under grad mode: merged weights carry no gradient to the adapters. Sample under torch.no_grad() or with "
+    "backprop_steps=0, or without merged."
+)
 
 
 class CheckpointedSampler:
     """Samples with a UNet, differentiably if asked, and re-scores what it sampled.
 
-    A differentiated step keeps only its state and is replayed in the backward pass, so memory does not grow with the
-    number of steps beyond the latents. Gradients are exact, through both branches of guidance and through x_t, and
-    reach every parameter once a backward, so that DDP averages them once.
+    A differentiated step keeps its graph as far as memory allows, and is else replayed from its state in the backward
+    pass: down to the memory of one step of one image, whatever the number of steps. Which of them keep what is planned
+    from shapes (`sampler.plan`). Gradients are exact in every plan, through both branches of guidance and through x_t,
+    and reach every parameter once a backward, so that DDP averages them once.
+
+    On CUDA the chain is captured as graphs at its second run and launched from then on, as long as nothing that is
+    built into them changes (`sampler.uncaptured` says why it was not).
 
     Args:
         unet: diffusers `UNet2DConditionModel` or `UNet2DModel`; PEFT, `torch.compile`, accelerate and DDP wrappings
             are accepted.
-        scheduler: diffusers `DDIMScheduler` or `DDPMScheduler`, as its user configured it; it is not changed.
+        scheduler: diffusers' `DDIMScheduler`, `DDPMScheduler`, `EulerDiscreteScheduler` or
+            `EulerAncestralDiscreteScheduler`, as its user configured it; it is not changed. Without a gradient also
+            `DPMSolverMultistepScheduler` and `UniPCMultistepScheduler`.
         num_inference_steps: T.
         guidance_scale: w of classifier-free guidance; 1.0 runs no negative branch. Any other value guides, 0.0 to the
             negative prompt alone (diffusers' pipelines switch guidance off below 1).
-        eta: DDIM's; None is 0. A DDPM scheduler has its own noise and takes None only.
+        eta: DDIM's; None is 0. Other schedulers have their own noise, or none, and take None only.
         backprop_steps: None differentiates the whole chain, K the last K steps, 0 none.
         gradient_path: where the gradient flows, step by step; backprop_steps is its short form, give one of the two.
         final_step: "scheduler" ends as the scheduler does, "clamp" on alphas_cumprod[0] (ddpo-pytorch).
         cross_attention_kwargs: handed to every UNet call, e.g. {"scale": 0.5} for the LoRA's scale.
+        memory_budget: what the chain may take beyond what is allocated already: bytes, or a text such as "8GiB"; of it
+            nothing is set aside for decoding and the reward. None: what is free on the device, less what `reserve`
+            says; the least of all ranks' where there are several.
+        reserve: bytes, or a text, that memory_budget=None leaves to decoding and the reward.
+        plan: which steps keep what, instead of planning: `sampler.plan` of an earlier run.
+        capture: whether graphs may be captured.
 
     Raises:
         ValueError, TypeError: for arguments that are not served, naming what is.
@@ -61,6 +84,10 @@ class CheckpointedSampler:
         gradient_path: GradientPath | None = None,
         final_step: str = "scheduler",
         cross_attention_kwargs: Mapping[str, Any] | None = None,
+        memory_budget: int | str | None = None,
+        reserve: int | str = "2GiB",
+        plan: Plan | None = None,
+        capture: bool = True,
     ) -> None:
         if not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale={guidance_scale} must be a finite number; 1.0 means no guidance.")
@@ -79,6 +106,10 @@ class CheckpointedSampler:
         num_inference_steps = len(self.table)
         self.gradient_path = gradient_path or GradientPath.last(backprop_steps, num_inference_steps)
         self._check_path(self.gradient_path)
+        if not self.table.differentiable and (gradient_path or backprop_steps) and self.gradient_path.differentiates:
+            raise ValueError(self.table.reason)
+        self._plans = Plans(self.denoiser, memory_budget, reserve, plan, guided=self.guided)
+        self._captures = Captures(self.denoiser, capture)
         self.settings: dict[str, Any] = {
             "scheduler": type(scheduler).__name__,
             "prediction_type": scheduler.config.prediction_type,
@@ -86,10 +117,20 @@ class CheckpointedSampler:
             "guidance_scale": float(guidance_scale),
             "eta": self.table.eta,
             "final_step": final_step,
-            "schedule": _fingerprint(self.table),
+            "schedule": self.table.fingerprint,
             "cross_attention_kwargs": repr(dict(cross_attention_kwargs or {})),
         }
-        self._tables: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._tables: dict[tuple, DeviceTable] = {}
+
+    @property
+    def plan(self) -> Plan | None:
+        """What the differentiated steps of the last chain kept; None before the first one."""
+        return self._plans.last
+
+    @property
+    def uncaptured(self) -> str | None:
+        """Why the last chain was not launched as captured graphs; None where it was, or will be."""
+        return self._captures.reason
 
     def __call__(
         self,
@@ -103,6 +144,7 @@ class CheckpointedSampler:
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
         negative_added_cond_kwargs: Mapping[str, Tensor] | None = None,
         gradient_path: GradientPath | None = None,
+        merged: bool = False,
     ) -> Trajectory:
         """Runs the chain; under grad mode along `gradient_path`, without a gradient otherwise.
 
@@ -115,6 +157,8 @@ class CheckpointedSampler:
                 some; None uses the default one.
             added_cond_kwargs, negative_added_cond_kwargs: SDXL's, (B, ...) each; see `Conditioning.build`.
             gradient_path: instead of the sampler's own, for this call.
+            merged: samples, without a gradient, with the LoRA added to copies of the weights that live for this chain.
+                In low precision the log-probabilities are then another model's: train on `rescored(trajectory)`.
 
         Raises:
             ValueError: when arguments do not fit together, or a gradient is asked for and nothing is trainable.
@@ -126,40 +170,75 @@ class CheckpointedSampler:
         )
         latents = self._first_state(latents, batch_size, sample_size, conditioning, generator)
         table = self.table.stopped(len(path.modes), path.output)
-        timesteps, coefficients = self._on(self.denoiser.device, len(path.modes), path.output)
         joined = conditioning.joined()
         differentiate = torch.is_grad_enabled() and path.differentiates
         parameters = self.denoiser.trainable() if differentiate and path.reaches_model else {}
         leaves = [latents, *joined.values(), *parameters.values()]
         if differentiate:
+            if not self.table.differentiable or merged:
+                raise ValueError(self.table.reason or _MERGED_WITH_GRADIENT)
             start = [latents] if path.reaches_start else []
             model = [*joined.values(), *parameters.values()] if path.reaches_model else []
             _check_differentiable([*start, *model], leaves)
+        else:
+            path = GradientPath(("none",) * len(path.modes), output=path.output)
+        plan = None
+        if differentiate:
+            plan = self._plans.choose(latents, joined, parameters, path.effective_modes, self._captures.bytes)
+        on_device = self._on(self.denoiser.device, len(path.modes), path.output)
+        # Plans and tables are kept, and so an id is one's own.
+        built_in = (path, id(plan), id(on_device))
         chain = Chain(
-            denoiser=self.denoiser,
-            timesteps=timesteps,
-            coefficients=coefficients,
+            evaluations=Evaluations(
+                self.denoiser,
+                guided=self.guided,
+                timesteps=on_device.timesteps,
+                input_scales=on_device.input_scales,
+                conditioning=joined,
+                parameters=parameters,
+                plan=plan,
+                run=self._captures.begin(latents, joined, built_in, differentiate, merged),
+                batch=len(latents),
+            ),
+            coefficients=on_device.coefficients,
+            weights=on_device.weights,
             stochastic=table.stochastic,
-            guided=self.guided,
-            names=list(joined),
-            parameters=parameters,
-            path=path if differentiate else GradientPath(("none",) * len(path.modes)),
+            path=path,
             draw_noise=lambda: _draw(latents.shape, generator, latents),
         )
         if differentiate:
             end, states, log_probs = self.denoiser.synchronised(lambda: replay.run(chain, leaves))
         else:
-            with torch.no_grad():
+            with torch.no_grad(), self._merged() if merged else contextlib.nullcontext():
                 (end,), (states, log_probs), _ = chain.forward(leaves)
         return Trajectory(
             latents=end,
             states=states,
-            timesteps=timesteps.clone(),
+            timesteps=on_device.timesteps.clone(),
             log_probs=log_probs,
-            stochastic=coefficients[:, Coefficient.SIGMA] > 0,
+            stochastic=on_device.coefficients[:, Coefficient.SIGMA] > 0,
             conditioning=conditioning,
-            settings={**self.settings, "steps_taken": len(table), "output": path.output},
+            settings={**self.settings, "steps_taken": len(table), "output": path.output, "merged": merged},
         )
+
+    def rescored(self, trajectory: Trajectory) -> Trajectory:
+        """The trajectory with the log-probabilities of its steps as `log_prob` gives them now, without a gradient.
+
+        For a rollout that another path made (merged weights, another batch, another attention kernel): its own
+        log-probabilities are those of a model that differs by rounding, and in low precision a ratio of new to old
+        would be off by more than a clip range before the first update.
+
+        Raises:
+            ValueError: as `log_prob`.
+        """
+        steps = [step for step, noisy in enumerate(self._stochastic(trajectory)) if noisy]
+        if not steps:
+            return trajectory
+        with torch.no_grad():
+            scores, _ = self.log_prob(trajectory, steps)
+        log_probs = trajectory.log_probs.clone()
+        log_probs[:, steps] = scores.to(log_probs)
+        return dataclasses.replace(trajectory, log_probs=log_probs, settings={**trajectory.settings, "merged": False})
 
     def log_prob(
         self, trajectory: Trajectory, steps: Sequence[int] | Tensor, reference: str | None = None
@@ -179,6 +258,8 @@ class CheckpointedSampler:
                 trainable under grad mode.
             IndexError: for a step out of range.
         """
+        if not self.table.differentiable:
+            raise ValueError(self.table.reason)
         if reference not in REFERENCES:
             raise ValueError(f"reference={reference!r} is not known; allowed are None, 'exact' and 'uniform'.")
         trajectory.check_settings(self.settings)
@@ -226,8 +307,8 @@ class CheckpointedSampler:
         """One guided evaluation of the UNet, in plain autograd and the caller's grad mode.
 
         Args:
-            x_t: (B, C, h, w) state.
-            t: the model's time, one for all or (B,).
+            x_t: (B, C, h, w) state, as the scheduler's states are (Euler's are given to the UNet scaled).
+            t: the model's time, one for all or (B,); of a scheduler that scales its states, a time of its steps.
             adapter: False evaluates the base model.
 
         Returns:
@@ -239,9 +320,10 @@ class CheckpointedSampler:
         if conditioning.batch_size not in (None, x_t.shape[0]):
             raise ValueError(f"x_t has batch size {x_t.shape[0]} and prompt_embeds {conditioning.batch_size}.")
         t = torch.as_tensor(t, device=x_t.device)
+        scaled = x_t * self._input_scale(t, x_t)
 
         def evaluate() -> tuple[Tensor]:
-            return (self.denoiser(x_t, t, conditioning.joined(), guided=self.guided),)
+            return (self.denoiser(scaled, t, conditioning.joined(), guided=self.guided),)
 
         if adapter:
             (output,) = self.denoiser.synchronised(evaluate)
@@ -304,15 +386,33 @@ class CheckpointedSampler:
             )
         path.check_length(len(self.table))
 
-    def _on(self, device: torch.device, steps: int, output: str) -> tuple[Tensor, Tensor]:
-        """(timesteps, coefficients) of a chain on a device, copied to it once."""
+    def _on(self, device: torch.device, steps: int, output: str) -> DeviceTable:
+        """The table of a chain on a device, copied to it once."""
         key = (device, self.denoiser.state_dtype, steps, output)
         if key not in self._tables:
             # The copy outlives this call, which may be made under inference mode.
             with torch.inference_mode(False):
-                table = self.table.stopped(steps, output)
-                self._tables[key] = (table.timesteps.to(device), table.coefficients.to(device, key[1]))
+                self._tables[key] = DeviceTable.of(self.table.stopped(steps, output), device, key[1])
         return self._tables[key]
+
+    def _input_scale(self, t: Tensor, x_t: Tensor) -> Tensor | float:
+        """What a state is multiplied by for the model at time t; NaN at a time that no step has."""
+        table = self._on(x_t.device, len(self.table), "latents")
+        if table.input_scales is None:
+            return 1.0
+        # (B, T): without waiting for t.
+        found = table.timesteps == t.reshape(-1, 1)
+        scale = torch.where(found.any(1), (found * table.input_scales).sum(1) / found.sum(1), torch.nan)
+        return scale.reshape(-1, *[1] * (x_t.dim() - 1))
+
+    def _merged(self):
+        """The UNet with its LoRA in its weights, for a block."""
+        extra = self.denoiser.extra.get("cross_attention_kwargs", {})
+        return merged_weights(self.denoiser.module, extra.get("scale", 1.0))
+
+    def _stochastic(self, trajectory: Trajectory) -> tuple[bool, ...]:
+        """Of each step of a trajectory, whether it has noise."""
+        return self.table.stopped(trajectory.settings["steps_taken"], trajectory.settings["output"]).stochastic
 
     def _step_indices(self, trajectory: Trajectory, steps: Sequence[int] | Tensor) -> Tensor:
         """(B, S) on the CPU, checked."""
@@ -325,8 +425,7 @@ class CheckpointedSampler:
             raise ValueError(f"steps has {indices.shape[0]} rows for {len(trajectory)} samples; give (S,) or (B, S).")
         if indices.shape[1] == 0:
             raise ValueError("steps is empty; name at least one step to re-score.")
-        taken = trajectory.settings["steps_taken"]
-        stochastic = self.table.stopped(taken, trajectory.settings["output"]).stochastic
+        taken, stochastic = trajectory.settings["steps_taken"], self._stochastic(trajectory)
         for step in sorted(set(indices.flatten().tolist())):
             if not 0 <= step < taken:
                 raise IndexError(f"steps holds {step}; the trajectory has steps 0 to {taken - 1}.")
@@ -341,14 +440,15 @@ class CheckpointedSampler:
     def _transitions(self, trajectory: Trajectory, indices: Tensor) -> list[Transition]:
         """Step indices[b, s] of each sample b, for each s."""
         device = trajectory.states.device
-        timesteps, coefficients = self._on(device, len(self.table), "latents")
+        table = self._on(device, len(self.table), "latents")
         samples = torch.arange(len(trajectory), device=device)
         return [
             Transition(
                 x=trajectory.states[steps, samples],
                 next_x=trajectory.states[steps + 1, samples],
-                t=timesteps[steps],
-                coefficients=coefficients[steps],
+                t=table.timesteps[steps],
+                coefficients=table.coefficients[steps],
+                input_scales=None if table.input_scales is None else table.input_scales[steps],
             )
             for steps in indices.to(device).unbind(1)
         ]
@@ -372,12 +472,6 @@ def _check_differentiable(reached: Sequence[Tensor], leaves: Sequence[Tensor]) -
             "latents or embeddings were made under torch.inference_mode, whose tensors no gradient can pass: make them "
             "under torch.no_grad() instead."
         )
-
-
-def _fingerprint(table: StepTable) -> str:
-    digest = hashlib.sha256(table.timesteps.numpy().tobytes())
-    digest.update(table.coefficients.numpy().tobytes())
-    return digest.hexdigest()[:12]
 
 
 def _spans(numbers: Sequence[int]) -> str:

@@ -1,0 +1,245 @@
+"""The UNet's evaluations in one chain: without a graph, with one that is kept, or replayed from the state."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Hashable, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rftcore.blocks import recompute
+from rftcore.sampling.ambient import Ambient, RandomState
+from rftcore.sampling.denoiser import Denoiser
+from rftcore.sampling.graphs import Run
+from rftcore.sampling.plan import Plan
+from rftcore.sampling.replay import GradientSum, gradients, replay_parameters
+
+
+class Inputs(NamedTuple):
+    """What the UNet is given besides the state, by name; N rows are both branches of guidance, [negative; positive].
+
+    Attributes:
+        conditioning: (N, ...) `Conditioning.joined`.
+        text: (N, M, C) the text's keys and values, made once for the chain; empty where each step makes them.
+        time: (T, 1 or N, C) what becomes of the timesteps, for all steps; likewise.
+    """
+
+    conditioning: dict[str, Tensor]
+    text: dict[str, Tensor]
+    time: dict[str, Tensor]
+
+    def tensors(self) -> list[Tensor]:
+        """All of them, in a fixed order."""
+        return [*self.conditioning.values(), *self.constants()]
+
+    def constants(self) -> list[Tensor]:
+        """What was made once for the chain."""
+        return [*self.text.values(), *self.time.values()]
+
+    def leaves(self, wanted: tuple[bool, ...]) -> Inputs:
+        """The same as leaves of a graph of their own, of which these require grad, in the order of `tensors()`."""
+        flags = iter(wanted)
+        return Inputs(*({n: t.detach().requires_grad_(next(flags)) for n, t in group.items()} for group in self))
+
+
+class Kept(NamedTuple):
+    """The graph of one evaluation, from its own leaves."""
+
+    x: Tensor
+    inputs: Inputs
+    output: Tensor
+
+
+class Evaluations:
+    """Evaluates a UNet at the steps of one chain, and differentiates those evaluations.
+
+    Args:
+        timesteps: (T,) the model's times.
+        input_scales: (T,) factors of the state as the model sees it; None: it sees it as it is.
+        conditioning: `Conditioning.joined`; of its tensors those are differentiated that require grad.
+        parameters: what is trained, by name.
+        plan: what each differentiated step keeps; None where nothing is differentiated.
+        run: runs each piece of work, as it stands or as a captured graph.
+        batch: B.
+    """
+
+    def __init__(
+        self,
+        denoiser: Denoiser,
+        *,
+        guided: bool,
+        timesteps: Tensor,
+        input_scales: Tensor | None,
+        conditioning: Mapping[str, Tensor],
+        parameters: Mapping[str, nn.Parameter],
+        plan: Plan | None,
+        run: Run,
+        batch: int,
+    ) -> None:
+        self.denoiser, self.parameters, self.plan = denoiser, parameters, plan
+        self._guided, self._timesteps, self._scales, self._batch = guided, timesteps, input_scales, batch
+        self._run = run
+        self._trained, self._stand_ins = replay_parameters(parameters)
+        self._random: dict[int, RandomState] = {}
+        self._kept: dict[int, Kept] = {}
+        self._finished = False
+        self._conditioning = {name: tensor.detach() for name, tensor in conditioning.items()}
+        self._conditioning_wanted = tuple(tensor.requires_grad for tensor in conditioning.values())
+
+    def begin(self) -> None:
+        """Makes what is made once for the chain, in the surroundings that its steps will have."""
+        self._ambient = Ambient.capture(self._timesteps.device)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        given = Inputs({name: self._static(name, tensor) for name, tensor in self._conditioning.items()}, {}, {})
+
+        def work() -> Inputs:
+            # Its graph goes at once: the values are made again for their gradient, when there is one.
+            with torch.set_grad_enabled(self.plan is not None):
+                made = self._with_constants(given.leaves(self._conditioning_wanted))
+            return made.leaves(tuple(tensor.requires_grad for tensor in made.tensors()))
+
+        self._inputs = self._run.run("once", work) if self._has_constants() else given
+        self._wanted = self._run.keep(
+            "wanted",
+            lambda: (*self._conditioning_wanted, *(tensor.requires_grad for tensor in self._inputs.constants())),
+        )
+
+    def output(self, step: int, x: Tensor) -> Tensor:
+        """The UNet's output (N, C, h, w) at the state x (B, C, h, w), without a graph."""
+        row, x = self._row(step), self._static("x", x)
+        return self._fresh(self._run.run("output", lambda: self._evaluate(row, x, self._inputs)))
+
+    def differentiable_output(self, step: int, x: Tensor, x_needed: bool) -> Tensor:
+        """The same, for `backward`: with a graph that is kept, or to be replayed, as the plan says."""
+        if self._run.plain:
+            self._random[step] = RandomState.capture(x.device)
+        stored = self.plan.stored[step]
+        if stored is None:
+            return self.output(step, x)
+        x = self._static(("x", step), x)
+
+        def work() -> Kept:
+            return self._with_graph(step, x, x_needed, self.plan.levels[stored])
+
+        self._kept[step] = self._run.run(("keep", step), work)
+        return self._fresh(self._kept[step].output.detach())
+
+    def backward(self, step: int, x: Tensor, grad_output: Tensor, x_needed: bool) -> Tensor | None:
+        """The gradient of x, if needed, given that of the output; that of everything else is added up."""
+        grad_output = self._static("grad_output", grad_output)
+        if (kept := self._kept.pop(step, None)) is not None:
+            grad = self._run.run(("kept", step), lambda: self._differentiate(kept, grad_output))
+            return None if grad is None else self._fresh(grad)
+        row, x, found = self._row(step), self._static("x", x), []
+        for first in range(0, self._batch, self.plan.replay_batch):
+            images = slice(first, min(first + self.plan.replay_batch, self._batch))
+
+            def work(images=images) -> Tensor | None:
+                replayed = self._with_graph(row, x, x_needed, self.plan.replay_level, images)
+                return self._differentiate(replayed, self._of_images(grad_output, images))
+
+            with self._random[step].restored() if step in self._random else contextlib.nullcontext():
+                found.append(self._run.run(("replay", x_needed, first), work))
+        return torch.cat(found) if x_needed else None
+
+    def begin_backward(self) -> None:
+        """Before the first `backward`, in a chain's second backward pass, too: everything is replayed in that one."""
+        if self._finished:
+            # The graphs' memory is other chains' by now.
+            self._run, self._finished = Run(None, "a chain's second backward pass"), False
+            with torch.no_grad(), self._ambient.restored():
+                self._prepare()
+        make = lambda: GradientSum([*self._inputs.tensors(), *self._trained])  # noqa: E731
+        # Of a plain run new ones: what is handed out may become a parameter's own `grad`.
+        self._sums = make() if self._run.plain else self._run.keep("sums", make)
+        self._sums.clear()
+
+    def gradients(self) -> list[Tensor | None]:
+        """Of the conditioning's tensors and of the parameters, once every step has had its backward."""
+        count = len(self._inputs.constants())
+        if any(self._wanted[len(self._wanted) - count :]):
+            self._run.run("once, backward", self._constants_backward)
+        result = [None if grad is None else self._fresh(grad) for grad in self._sums.result()]
+        del result[len(self._conditioning) : len(self._conditioning) + count]
+        return result
+
+    def finish(self) -> None:
+        """After the last pass: captured work is other chains' from now on."""
+        self._run.finish()
+        self._finished = not self._run.plain
+
+    def release(self) -> None:
+        """Lets every kept graph go."""
+        self._kept.clear()
+
+    def _evaluate(self, step: int | Tensor, x: Tensor, inputs: Inputs, images: slice | None = None) -> Tensor:
+        """The output for the states x (b, C, h, w) of some images, of all B where none are named."""
+        time = {name: _row(table, step) for name, table in inputs.time.items()}
+        conditioning, given = inputs.conditioning, {**inputs.text, **time}
+        if images is not None and x.shape[0] != self._batch:
+            conditioning, given = (
+                {name: t if t.shape[0] == 1 else self._of_images(t, images) for name, t in group.items()}
+                for group in (conditioning, given)
+            )
+        if self._scales is not None:
+            x = x * _row(self._scales, step)
+        t = _row(self._timesteps, step)
+        return self.denoiser(x, t, conditioning, guided=self._guided, parameters=self._stand_ins)
+
+    def _with_graph(self, step, x: Tensor, x_needed: bool, level, images: slice | None = None) -> Kept:
+        x = (x if images is None else x[images]).detach().requires_grad_(x_needed)
+        inputs = self._inputs.leaves(self._wanted)
+        again = contextlib.nullcontext() if level is None else recompute(self.denoiser.model, level)
+        with torch.enable_grad(), self._ambient.restored(), again:
+            return Kept(x, inputs, self._evaluate(step, x, inputs, images))
+
+    def _differentiate(self, kept: Kept, grad_output: Tensor) -> Tensor | None:
+        sources = [kept.x, *kept.inputs.tensors(), *self._trained]
+        grad, *rest = gradients([kept.output], [grad_output], sources, retain_graph=self._run.retain)
+        self._sums.add(rest)
+        return grad
+
+    def _constants_backward(self) -> None:
+        leaves = self._inputs.leaves(self._wanted)._replace(text={}, time={})
+        with torch.enable_grad(), self._ambient.restored():
+            made = self._with_constants(leaves).constants()
+        first = len(self._conditioning)
+        sums = self._sums.result()[first : first + len(made)]
+        found = gradients(made, sums, [*leaves.tensors(), *self._trained])
+        self._sums.add([*found[:first], *[None] * len(made), *found[first:]])
+
+    def _has_constants(self) -> bool:
+        return False
+
+    def _with_constants(self, inputs: Inputs) -> Inputs:
+        return inputs
+
+    def _of_images(self, tensor: Tensor, images: slice) -> Tensor:
+        """Of (N, ...) what belongs to these images, in both branches."""
+        return tensor.unflatten(0, (-1, self._batch))[:, images].flatten(0, 1)
+
+    def _static(self, name: Hashable, tensor: Tensor) -> Tensor:
+        """The same values where captured work reads them."""
+        if self._run.plain:
+            return tensor
+        return self._run.keep(name, lambda: torch.empty_like(tensor)).copy_(tensor)
+
+    def _row(self, step: int) -> int | Tensor:
+        """The step as work is told it that is captured once for all steps."""
+        if self._run.plain:
+            return step
+        device = self._timesteps.device
+        return self._run.keep("step", lambda: torch.zeros(1, dtype=torch.int64, device=device)).fill_(step)
+
+    def _fresh(self, tensor: Tensor) -> Tensor:
+        """What a segment returned, for longer than until it runs again."""
+        return tensor if self._run.plain else tensor.clone()
+
+
+def _row(table: Tensor, step: int | Tensor) -> Tensor:
+    """Row `step` of a table; of a step on the device, too."""
+    return table.index_select(0, step).squeeze(0) if isinstance(step, Tensor) else table[step]
