@@ -168,9 +168,7 @@ def test_out_of_memory_names_the_step_and_the_plan(make_unet, make_scheduler, co
     kept = rftcore.CheckpointedSampler(
         unet, make_scheduler(), plan=dataclasses.replace(plan, kept_bytes=(2**20,), peak_bytes=2**23), **options
     )
-    with pytest.raises(
-        torch.OutOfMemoryError, match="(?s)in step 3 of 4.*4 stored.*memory_budget=.*2 stored.*2 replay"
-    ):
+    with pytest.raises(torch.OutOfMemoryError, match="(?s)in step 3 of 4.*4 stored.*2 stored.*2 replayed"):
         kept(**given)
     for parameter, grad in zip((p for p in unet.parameters() if p.requires_grad), before, strict=True):
         assert torch.equal(parameter.grad, grad)

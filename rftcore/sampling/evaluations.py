@@ -44,11 +44,24 @@ class Inputs(NamedTuple):
         return Inputs(*({n: t.detach().requires_grad_(next(flags)) for n, t in group.items()} for group in self))
 
 
+class Leaves(NamedTuple):
+    """What a piece of work is differentiated by.
+
+    Attributes:
+        trained: one tensor for each parameter.
+        stand_ins: those of them that are to be swapped in, by the parameter's name.
+    """
+
+    inputs: Inputs
+    trained: list[Tensor]
+    stand_ins: dict[str, Tensor]
+
+
 class Kept(NamedTuple):
     """The graph of one evaluation, from its own leaves."""
 
     x: Tensor
-    inputs: Inputs
+    leaves: Leaves
     output: Tensor
 
 
@@ -81,7 +94,6 @@ class Evaluations:
         self.denoiser, self.parameters, self.plan = denoiser, parameters, plan
         self._guided, self._timesteps, self._scales, self._batch = guided, timesteps, input_scales, batch
         self._run = run
-        self._trained, self._stand_ins = replay_parameters(parameters)
         self._random: dict[int, RandomState] = {}
         self._kept: dict[int, Kept] = {}
         self._finished = False
@@ -99,7 +111,7 @@ class Evaluations:
         def work() -> Inputs:
             # Its graph goes at once: the values are made again for their gradient, when there is one.
             with torch.set_grad_enabled(self.plan is not None):
-                made = self._with_constants(given.leaves(self._conditioning_wanted))
+                made = self._with_constants(self._leaves(given, self._conditioning_wanted))
             return made.leaves(tuple(tensor.requires_grad for tensor in made.tensors()))
 
         self._inputs = self._run.run("once", work) if self._has_constants() else given
@@ -111,7 +123,8 @@ class Evaluations:
     def output(self, step: int, x: Tensor) -> Tensor:
         """The UNet's output (N, C, h, w) at the state x (B, C, h, w), without a graph."""
         row, x = self._row(step), self._static("x", x)
-        return self._fresh(self._run.run("output", lambda: self._evaluate(row, x, self._inputs)))
+        leaves = Leaves(self._inputs, [], {})
+        return self._fresh(self._run.run("output", lambda: self._evaluate(row, x, leaves)))
 
     def differentiable_output(self, step: int, x: Tensor, x_needed: bool) -> Tensor:
         """The same, for `backward`: with a graph that is kept, or to be replayed, as the plan says."""
@@ -153,7 +166,7 @@ class Evaluations:
             self._run, self._finished = Run(None, "a chain's second backward pass"), False
             with torch.no_grad(), self._ambient.restored():
                 self._prepare()
-        make = lambda: GradientSum([*self._inputs.tensors(), *self._trained])  # noqa: E731
+        make = lambda: GradientSum([*self._inputs.tensors(), *self.parameters.values()])  # noqa: E731
         # Of a plain run new ones: what is handed out may become a parameter's own `grad`.
         self._sums = make() if self._run.plain else self._run.keep("sums", make)
         self._sums.clear()
@@ -176,10 +189,14 @@ class Evaluations:
         """Lets every kept graph go."""
         self._kept.clear()
 
-    def _evaluate(self, step: int | Tensor, x: Tensor, inputs: Inputs, images: slice | None = None) -> Tensor:
+    def _leaves(self, inputs: Inputs, wanted: tuple[bool, ...]) -> Leaves:
+        """Leaves for one piece of work; a captured one needs its own even of parameters, of the stream it runs on."""
+        return Leaves(inputs.leaves(wanted), *replay_parameters(self.parameters, own=not self._run.plain))
+
+    def _evaluate(self, step: int | Tensor, x: Tensor, leaves: Leaves, images: slice | None = None) -> Tensor:
         """The output for the states x (b, C, h, w) of some images, of all B where none are named."""
-        time = {name: _row(table, step) for name, table in inputs.time.items()}
-        conditioning, given = inputs.conditioning, {**inputs.text, **time}
+        time = {name: _row(table, step) for name, table in leaves.inputs.time.items()}
+        conditioning, given = leaves.inputs.conditioning, {**leaves.inputs.text, **time}
         if images is not None and x.shape[0] != self._batch:
             conditioning, given = (
                 {name: t if t.shape[0] == 1 else self._of_images(t, images) for name, t in group.items()}
@@ -188,35 +205,36 @@ class Evaluations:
         if self._scales is not None:
             x = x * _row(self._scales, step)
         t = _row(self._timesteps, step)
-        return self.denoiser(x, t, conditioning, guided=self._guided, parameters=self._stand_ins)
+        return self.denoiser(x, t, conditioning, guided=self._guided, parameters=leaves.stand_ins)
 
     def _with_graph(self, step, x: Tensor, x_needed: bool, level, images: slice | None = None) -> Kept:
         x = (x if images is None else x[images]).detach().requires_grad_(x_needed)
-        inputs = self._inputs.leaves(self._wanted)
+        leaves = self._leaves(self._inputs, self._wanted)
         again = contextlib.nullcontext() if level is None else recompute(self.denoiser.model, level)
         with torch.enable_grad(), self._ambient.restored(), again:
-            return Kept(x, inputs, self._evaluate(step, x, inputs, images))
+            return Kept(x, leaves, self._evaluate(step, x, leaves, images))
 
     def _differentiate(self, kept: Kept, grad_output: Tensor) -> Tensor | None:
-        sources = [kept.x, *kept.inputs.tensors(), *self._trained]
+        sources = [kept.x, *kept.leaves.inputs.tensors(), *kept.leaves.trained]
         grad, *rest = gradients([kept.output], [grad_output], sources, retain_graph=self._run.retain)
         self._sums.add(rest)
         return grad
 
     def _constants_backward(self) -> None:
-        leaves = self._inputs.leaves(self._wanted)._replace(text={}, time={})
+        given = self._inputs._replace(text={}, time={})
+        leaves = self._leaves(given, self._conditioning_wanted)
         with torch.enable_grad(), self._ambient.restored():
             made = self._with_constants(leaves).constants()
         first = len(self._conditioning)
         sums = self._sums.result()[first : first + len(made)]
-        found = gradients(made, sums, [*leaves.tensors(), *self._trained])
+        found = gradients(made, sums, [*leaves.inputs.tensors(), *leaves.trained])
         self._sums.add([*found[:first], *[None] * len(made), *found[first:]])
 
     def _has_constants(self) -> bool:
         return False
 
-    def _with_constants(self, inputs: Inputs) -> Inputs:
-        return inputs
+    def _with_constants(self, leaves: Leaves) -> Inputs:
+        return leaves.inputs
 
     def _of_images(self, tensor: Tensor, images: slice) -> Tensor:
         """Of (N, ...) what belongs to these images, in both branches."""

@@ -88,13 +88,18 @@ class GradientSum:
         return [None if s is None else s.to(dtype) for s, dtype in zip(self._sums, self._dtypes, strict=True)]
 
 
-def replay_parameters(parameters: Mapping[str, nn.Parameter]) -> tuple[list[Tensor], dict[str, Tensor]]:
+def replay_parameters(
+    parameters: Mapping[str, nn.Parameter], own: bool = False
+) -> tuple[list[Tensor], dict[str, Tensor]]:
     """The tensors to differentiate a replay by, one for each parameter, and those to swap in by name.
+
+    Args:
+        own: whether an alias is made of every parameter.
 
     A parameter stands for itself, unless it has a tensor hook: `torch.autograd.grad` would run the hook on the
     replay's share of the gradient, and autograd runs it again on the sum. Then an alias of it is swapped in.
     """
-    swapped = {name: p.detach().requires_grad_() for name, p in parameters.items() if p._backward_hooks}
+    swapped = {name: p.detach().requires_grad_() for name, p in parameters.items() if own or p._backward_hooks}
     return [swapped.get(name, parameter) for name, parameter in parameters.items()], swapped
 
 
