@@ -1,6 +1,8 @@
 """Segments of chains, run, captured and launched by an emulation of captured graphs: the same numbers, bit for bit."""
 
+import copy
 import gc
+import pickle
 
 import pytest
 import torch
@@ -197,7 +199,7 @@ def test_a_unet_otherwise(options):
 def test_casts_that_autocast_keeps_are_none_of_a_segment(accelerated):
     """Each chain under one autocast, whose cache would hand the casts made while warming up to what is captured."""
     toy, segments = unet(accelerated=accelerated)[0], Segments(RecordedGraphs())
-    for _ in range(4):
+    for _ in range(3):
         x = inputs(toy)
         with torch.autocast("cpu", torch.bfloat16):
             found = toy(segments.begin(), x)
@@ -354,6 +356,27 @@ def test_another_order_is_an_error_and_captured_anew():
     assert segments.captured == 2 + 2 * STORED
 
 
+def test_another_beginning_is_captured_anew():
+    """Where the chains of a key begin otherwise before all of them is captured."""
+    segments, found = Segments(RecordedGraphs()), []
+
+    def chain(names):
+        run = segments.begin()
+        x = run.keep("x", lambda: torch.ones(4))
+        x.fill_(1)
+        for name in names:
+            run.run(name, {"double": lambda: none(x.mul_(2)), "add": lambda: none(x.add_(1))}[name])
+        run.finish()
+        found.append(x[0].item())
+
+    chain(["double", "double", "add"])
+    for _ in range(3):
+        chain(["add", "add", "double", "add"])
+    assert found == [5, 7, 7, 7]
+    assert segments.refusal is None
+    assert segments.captured == 2
+
+
 def test_a_chain_that_is_finished():
     toy, segments = mlp(), Segments(RecordedGraphs())
     for _ in range(3):
@@ -406,6 +429,35 @@ def test_chains_that_are_given_up():
     x, run = inputs(toy), segments.begin()
     assert "given up" in run.reason
     assert_equal(toy(run, x), plainly(toy, x))
+
+
+def test_a_chain_that_fails_gives_up():
+    """Its graphs are the next chain's, although its error, and by that the chain, is still held."""
+    toy, segments, errors = mlp(), Segments(RecordedGraphs()), []
+    assert_lives(toy, segments, 1)
+    for _ in range(2):
+        run = segments.begin()
+        try:
+            toy(run, inputs(toy), backward=False)
+            raise ValueError("a reward that is not finite")
+        except ValueError as error:
+            errors.append((error, run))
+            run.give_up()
+        run.give_up()
+        if segments.refusal is None:
+            assert_lives(toy, segments, 2)
+    assert segments.refusal is None
+    assert "launch" in segments.recorder.calls[-1]
+
+
+def test_a_copy_begins_without_graphs():
+    toy, graphs = mlp(), Graphs(RecordedGraphs, size=1)
+    for _ in range(2):
+        toy(graphs.begin("a"), inputs(toy))
+    for other in (copy.deepcopy(graphs), pickle.loads(pickle.dumps(graphs))):
+        assert graphs.bytes > other.bytes == 0
+        x = inputs(toy)
+        assert_equal(toy(other.begin("a"), x), plainly(toy, x))
 
 
 def test_memory_of_stored_slots_is_used_again():

@@ -129,8 +129,13 @@ def reasons(module: nn.Module, differentiates: bool = True, device_type: str = "
         attributes, kind = child.__dict__, type(child)
         if (of_kind := known.get(kind)) is None:
             of_kind = known[kind] = list(_reasons_of_kind(kind))
-        for reason in (*of_kind, *_reasons_of_module(child, differentiates), *_reasons_of_weights(child, device_type)):
-            kinds.setdefault(reason, []).append(child)
+        of_module = _reasons_of_module(child, attributes, differentiates)
+        for held in (attributes["_parameters"], attributes["_buffers"]):
+            if held:
+                of_module += _reasons_of_weights(held, device_type)
+        if of_kind or of_module:
+            for reason in (*of_kind, *of_module):
+                kinds.setdefault(reason, []).append(child)
         if attributes["_modules"]:
             stack += [m for m in attributes["_modules"].values() if m is not None]
     for reason, children in kinds.items():
@@ -163,9 +168,9 @@ def _reasons_of_kind(kind: type) -> Iterator[str]:
         yield f"the forward of {kind.__name__} is {root}'s code, which a launched graph would leave out"
 
 
-def _reasons_of_module(module: nn.Module, differentiates: bool) -> list[str]:
+def _reasons_of_module(module: nn.Module, attributes: dict[str, Any], differentiates: bool) -> list[str]:
     # Run for every module before every chain: no generator, and nothing looked up the long way.
-    attributes, found = module.__dict__, []
+    found: list[str] = []
     # What accelerate's `prepare` wraps is put aside.
     for name in ("forward", "_original_forward"):
         if name in attributes:
@@ -196,15 +201,13 @@ def _reasons_of_module(module: nn.Module, differentiates: bool) -> list[str]:
     return found
 
 
-def _reasons_of_weights(module: nn.Module, device_type: str) -> list[str]:
+def _reasons_of_weights(held: dict[str, Tensor | None], device_type: str) -> list[str]:
     found = []
-    for held in (module.__dict__["_parameters"], module.__dict__["_buffers"]):
-        if held:
-            for tensor in held.values():
-                if tensor is not None and type(tensor) not in _WEIGHTS:
-                    found.append(f"it holds a {type(tensor).__name__}")
-                elif tensor is not None and tensor.device.type != device_type:
-                    found.append(f"it is on {tensor.device}, graphs are captured on {device_type}")
+    for tensor in held.values():
+        if tensor is not None and type(tensor) not in _WEIGHTS:
+            found.append(f"it holds a {type(tensor).__name__}")
+        elif tensor is not None and tensor.device.type != device_type:
+            found.append(f"it is on {tensor.device}, graphs are captured on {device_type}")
     return found
 
 
@@ -219,6 +222,8 @@ def _root(function: Any) -> str:
 def _frozen(value: Any) -> Hashable:
     if isinstance(value, dict):
         return tuple(sorted((name, _frozen(entry)) for name, entry in value.items()))
+    if isinstance(value, Tensor):
+        return _Same(value)
     return tuple(value) if isinstance(value, list) else value
 
 

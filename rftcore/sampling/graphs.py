@@ -63,11 +63,13 @@ class Segments:
     later ones launch them. All memory that segments take is one pool's: what one of them let go of, the next reuse.
     That is right only in the order in which they were captured, with one chain at a time: while a chain is not
     finished, those that begin meanwhile run as they are.
+
+    Attributes:
+        refusal: why nothing is captured any more, in words; None where it is.
     """
 
     def __init__(self, recorder: Recorder) -> None:
         self.recorder = recorder
-        # Why nothing is captured any more.
         self.refusal: str | None = None
         self._sequence: list[_Segment] = []
         self._kept: dict[Hashable, Any] = {}
@@ -109,9 +111,10 @@ class Segments:
                 self.refuse("two chains were given up while they were captured, before their backward pass")
 
     def refuse(self, reason: str) -> None:
-        """Captures nothing any more, and lets go of what was captured."""
+        """Captures nothing any more, and lets go of what was captured and kept; a chain on its way keeps what it reads."""
         self.refusal = reason
         self._sequence.clear()
+        self._kept = {}
 
 
 class Run:
@@ -139,7 +142,7 @@ class Run:
 
     @property
     def retain(self) -> bool:
-        """Whether a segment's backward must retain its graph, because a capture that fails runs it a second time."""
+        """Whether a backward through an earlier segment's graph must retain it: a failed capture runs it once more."""
         return self._mode == "capture"
 
     def keep(self, name: Hashable, make: Callable[[], T]) -> T:
