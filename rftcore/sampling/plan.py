@@ -22,6 +22,9 @@ from rftcore.sampling.simulation import Level, Simulation, Step, Unpredictable
 
 # Steps of these modes run the UNet with a graph.
 _DIFFERENTIATED = ("full", "detach_x", "detach_input")
+# Of a forward's FLOPs, what is made again where little memory at a time is to be taken for it: up to there SD1.5's and
+# SDXL's layers are made again one by one, beyond it several together.
+_CHEAP = 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,9 +225,9 @@ class Planner:
         self._items = sorted(simulation.priced(batch), key=lambda pair: pair[1].price)
         self._freed = [0, *itertools.accumulate(item.bytes for _, item in self._items)]
         self._extra = [0.0, *itertools.accumulate(item.price * item.bytes for _, item in self._items)]
-        # States and their stack, the noise and the model's output of a step; outputs that are kept.
-        latents = 2 * (len(modes) + 1) + 4 + 2 * self.modes.count("detach_eps")
-        self.fixed = latents * simulation.latent_bytes(batch)
+        # States and their stack, the noise and the guided output of a step, and the outputs of those with a gradient.
+        outputs = sum(mode != "none" for mode in modes)
+        self.fixed = (2 * len(modes) + 6) * simulation.latent_bytes(batch) + outputs * simulation.output_bytes(batch)
         self._simulated: dict[int, Step] = {}
 
     def level(self, count: int) -> Level:
@@ -271,26 +274,19 @@ class Planner:
             )
         replay = self._replay(budget, reserve)
         plan = self._assembled([None] * len(self.steps), replay, budget, reserve)
-        room = budget - self.fixed - max(reserve, self._backward_transient(self.most))
-        for _ in range(6):
-            if room < self.kept(self.most):
-                break
-            tried = self._assembled(self._spread(room, replay), replay, budget, reserve)
-            slack = budget - tried.peak_bytes
-            if slack >= 0 and tried.extra_percent <= plan.extra_percent:
-                plan = tried
-                if slack < budget // 500:
-                    break
-            # Making fewer things again takes less at a time, which leaves room to keep more.
-            room += slack
+        for most in self._limits(budget, reserve):
+            plan = min(plan, self._stored(most, replay, budget, reserve, plan), key=lambda plan: plan.extra_percent)
         return plan
 
     def least(self, reserve: int = 0) -> dict[str, int]:
-        """The least bytes of each part of the chain, of which the largest must fit the budget."""
+        """The least bytes of each part of the chain, of which the largest must fit the budget; within 1%."""
         least = self._sampling(reserve)
         if self.steps:
-            smallest = self.simulation.step(1, self.level(self.most))
-            least["a replay of one image"] = self.fixed + self.simulation.trained_bytes + smallest.peak
+            smallest, again = math.inf, self.simulation.step(1, self.level(0)).peak
+            while again is not None and again < smallest:
+                smallest = again
+                again = self._one_image(int(0.99 * smallest))[1]
+            least["a replay of one image"] = self.fixed + self.simulation.trained_bytes + smallest
         return least
 
     def longest(self, budget: int, reserve: int = 0) -> int:
@@ -321,19 +317,50 @@ class Planner:
                 if peak <= room:
                     return _Replay(even, 0, peak, 0.0)
         # One image at a time, and what is made again besides.
-        count = 0
-        while one.peak > room:
-            if count == self.most:
-                raise ValueError(self._too_small(budget, self.least(reserve)))
-            freed = self._freed[count] + (one.peak - room) * self.batch
-            count = min(self.most, bisect.bisect_left(self._freed, freed, count + 1))
-            one = self.simulation.step(1, self.level(count))
-        return _Replay(1, count, one.peak, self._extra[count])
+        count, peak = self._one_image(room)
+        if peak is None:
+            raise ValueError(self._too_small(budget, self.least(reserve)))
+        return _Replay(1, count, peak, self._extra[count])
 
-    def _spread(self, room: int, replay: _Replay) -> list[int | None]:
+    def _one_image(self, room: int) -> tuple[int, int | None]:
+        """The fewest items that must be made again for a replay of one image to fit, and its peak, None: it cannot."""
+        count = 0
+        while (peak := self.simulation.step(1, self.level(count)).peak) > room:
+            if count == self.most:
+                return count, None
+            # What frees less cannot do: transients do not fall.
+            freed = self._freed[count] + (peak - room) * self.batch
+            count = min(self.most, bisect.bisect_left(self._freed, freed, count + 1))
+        return count, peak
+
+    def _limits(self, budget: int, reserve: int) -> list[int]:
+        """How many items stored steps may make again at most: where much at a time is made again, room is lost."""
+        most, none = (self._backward_transient(count) for count in (self.most, 0))
+        if max(most, reserve) - max(none, reserve) < budget // 50:
+            return [self.most]
+        cheap = bisect.bisect_right(self._extra, _CHEAP * self.step(0).forward_flops) - 1
+        return [self.most, cheap]
+
+    def _stored(self, most: int, replay: _Replay, budget: int, reserve: int, plan: Plan) -> Plan:
+        """The best plan found whose stored steps make at most `most` items again; `plan` where there is no better."""
+        room = budget - self.fixed - max(reserve, self._backward_transient(most))
+        for _ in range(6):
+            if room < self.kept(most):
+                break
+            tried = self._assembled(self._spread(room, replay, most), replay, budget, reserve)
+            slack = budget - tried.peak_bytes
+            if slack >= 0 and tried.extra_percent <= plan.extra_percent:
+                plan = tried
+                if slack < budget // 500:
+                    break
+            # Making fewer things again takes less at a time, which leaves room to keep more.
+            room = room + slack if slack >= 0 else tried.stored_bytes + slack
+        return plan
+
+    def _spread(self, room: int, replay: _Replay, most: int) -> list[int | None]:
         """For each differentiated step how many items it makes again, or None: replayed; they keep `room` together."""
         whole = _Point(0, self.step(0).forward_flops + replay.extra, None)
-        stored = [_Point(self.kept(count), self._extra[count], count) for count in range(self.most, -1, -1)]
+        stored = [_Point(self.kept(count), self._extra[count], count) for count in range(most, -1, -1)]
         hull = _hull([whole, *stored])
         steps, left = len(self.steps), room
         points = [hull[0]] * steps
@@ -367,7 +394,7 @@ class Planner:
             replay_batch=replay.images,
             differentiated=len(self.steps),
             budget=budget,
-            peak_bytes=self._peak(counts, replay if None in counts else None, reserve),
+            peak_bytes=self._peak(counts, replay if None in counts else None, reserve, budget // 100),
             kept_bytes=tuple(self.kept(count) for count in used),
             level_extra=tuple(100 * self._extra[count] / step.forward_flops for count in used),
             replay_extra=100 + 100 * replay.extra / step.forward_flops,
@@ -375,14 +402,18 @@ class Planner:
             plain_flops=sampling + step.backward_flops * len(self.steps),
         )
 
-    def _peak(self, counts: Sequence[int | None], replay: _Replay | None, reserve: int) -> int:
-        """The largest sum of bytes at any time in the chain."""
+    def _peak(self, counts: Sequence[int | None], replay: _Replay | None, reserve: int, tolerance: int) -> int:
+        """The largest sum of bytes at any time in the chain, or as little more as is tolerated."""
         while True:
             count, peak = max(self._timeline(counts, replay, reserve), key=lambda event: event[1])
-            if count is None or count in self._simulated:
+            if count is None or self._uncertainty(count) <= tolerance:
                 return peak
-            # Only a bound so far, of a level that makes more again.
             self.step(count)
+
+    def _uncertainty(self, count: int) -> int:
+        """By how much the bounds for a level's transients may be too large."""
+        above, below = self.step(self._above(count)), self.step(max(c for c in self._simulated if c <= count))
+        return max(above.peak - above.kept - (below.peak - below.kept), 0)
 
     def _timeline(
         self, counts: Sequence[int | None], replay: _Replay | None, reserve: int

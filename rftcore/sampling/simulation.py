@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kerne
 from torch.nn.modules import module as globals_of_modules
 from torch.utils._python_dispatch import _disable_current_modes
 
-from rftcore.blocks import costs
+from rftcore.blocks import costs, recompute
 from rftcore.blocks.served import served
 from rftcore.counting import FLOPs, PeakBytes
 from rftcore.sampling.decode import decode
@@ -94,7 +94,7 @@ class Simulation:
         self._denoiser = copy.copy(denoiser)
         self.model = self._denoiser.model = self._denoiser.module = _twin(denoiser.model, self._mode)
         self._autocast = _autocast(denoiser.module, denoiser.model)
-        self.accelerated = any(served(module) for module in self.model.modules())
+        self.accelerated = _is_accelerated(self.model)
         self._conditioning = {name: (tuple(t.shape[1:]), t.dtype) for name, t in conditioning.items()}
         self._size = height, width
         self._rows = 2 if guided else 1
@@ -137,6 +137,11 @@ class Simulation:
         """Of one state of the chain."""
         height, width = self._size
         return images * self._denoiser.config.in_channels * height * width * self._denoiser.state_dtype.itemsize
+
+    def output_bytes(self, images: int) -> int:
+        """Of the UNet's output, of both branches of guidance."""
+        state, own = self._denoiser.state_dtype, self._denoiser.dtype
+        return self._rows * self.latent_bytes(images) // state.itemsize * own.itemsize
 
     def _inputs(self, images: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         height, width = self._size
@@ -195,27 +200,15 @@ def _without_data(mode: FakeTensorMode, autocast: torch.dtype | None) -> Iterato
             raise Unpredictable(f"it does not run on tensors without data: {type(error).__name__}: {error}") from error
 
 
-@contextlib.contextmanager
-def _recompute(model: nn.Module, level: Level) -> Iterator[None]:
+def _recompute(model: nn.Module, level: Level):
     """Sets what each layer makes again, where the model is accelerated."""
-    serving = next((served(module).place.serving for module in model.modules() if served(module)), None)
-    if serving is None or level is None:
-        yield
-        return
-    before = serving.recompute, serving.budget
-    serving.recompute, serving.budget = (level, None) if isinstance(level, str) else ("auto", _Given(level))
-    try:
-        yield
-    finally:
-        serving.recompute, serving.budget = before
+    if level is None or not _is_accelerated(model):
+        return contextlib.nullcontext()
+    return recompute(model, level)
 
 
-class _Given:
-    def __init__(self, level: Mapping[str, tuple[str, ...]]) -> None:
-        self._level = level
-
-    def drop(self, name: str, *_) -> frozenset[str]:
-        return frozenset(self._level.get(name, ()))
+def _is_accelerated(model: nn.Module) -> bool:
+    return any(served(module) for module in model.modules())
 
 
 def unpredictable_reasons(module: nn.Module) -> list[str]:
