@@ -10,6 +10,7 @@ import weakref
 
 import numpy
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
@@ -112,30 +113,31 @@ class RecordedGraphs:
         return 0 <= address < len(self._memory)
 
     def remember(self, tensor):
-        """The tensor's address where it lies in the pool, so that recording does not keep it; else an alias of it."""
+        """Where the tensor lies: recording keeps none alive."""
         if not isinstance(tensor, torch.Tensor):
             return tensor
-        if not self.holds(tensor):
-            return tensor.detach()
-        start = tensor.untyped_storage().data_ptr() - self._base.data_ptr()
-        offset = start // tensor.element_size() + tensor.storage_offset()
-        return _Address(offset, tensor.dtype, tensor.size(), tensor.stride())
-
-    def at(self, address):
-        if not isinstance(address, _Address):
-            return address
-        empty = torch.empty(0, dtype=address.dtype)
-        return empty.set_(self._base.untyped_storage(), address.offset, address.size, address.stride)
+        storage, offset = tensor.untyped_storage(), tensor.storage_offset()
+        if self.holds(tensor):
+            offset += (storage.data_ptr() - self._base.data_ptr()) // tensor.element_size()
+            storage = self._base.untyped_storage()
+        return _Address(StorageWeakRef(storage), offset, tensor.dtype, tensor.size(), tensor.stride())
 
     def poison(self, offset: int, size: int) -> None:
         self._memory[offset : offset + size] = 255
 
 
 class _Address:
-    """Of a tensor in the pool: storage_offset in elements from its beginning."""
+    """Of a tensor, by its storage and the elements from its beginning."""
 
-    def __init__(self, offset, dtype, size, stride) -> None:
-        self.offset, self.dtype, self.size, self.stride = offset, dtype, size, stride
+    def __init__(self, storage, offset, dtype, size, stride) -> None:
+        self._storage, self._dtype = storage, dtype
+        self._place = offset, size, stride
+
+    def tensor(self) -> torch.Tensor:
+        storage = torch.UntypedStorage._new_with_weak_ptr(self._storage.cdata)
+        if storage is None:
+            raise CaptureError("a launched graph reads or writes a tensor that is gone: illegal memory access")
+        return torch.empty(0, dtype=self._dtype).set_(storage, *self._place)
 
 
 class _Poison:
@@ -151,15 +153,12 @@ class _Operation:
 
     def __init__(self, function, arguments, made) -> None:
         self.function, self.arguments, self.made = function, arguments, made
-        self._views = None
 
     def launch(self, recorder: RecordedGraphs) -> None:
-        if self._views is None:
-            self._views = _map(recorder.at, self.arguments), {i: recorder.at(a) for i, a in self.made.items()}
-        (args, kwargs), made = self._views
+        args, kwargs = _map(_tensor, self.arguments)
         outputs = _leaves(self.function(*args, **kwargs))
-        for position, view in made.items():
-            view.copy_(outputs[position])
+        for position, address in self.made.items():
+            address.tensor().copy_(outputs[position])
 
 
 class _Operations(TorchDispatchMode):
@@ -226,6 +225,10 @@ class _Functions(TorchFunctionMode):
         if function is torch.Tensor.requires_grad_:
             self._leaves[result] = True
         return result
+
+
+def _tensor(address):
+    return address.tensor() if isinstance(address, _Address) else address
 
 
 def _map(function, value):

@@ -210,7 +210,7 @@ def test_casts_that_autocast_keeps_are_none_of_a_segment(accelerated):
 
 
 def test_what_a_capture_has_built_in_is_launched_on():
-    """The emulation shows it: a scale changed under the same key, and a tensor that is not static."""
+    """The emulation shows it: a scale that is changed under the same key."""
     toy, model = unet()
     segments = Segments(RecordedGraphs())
     assert_lives(toy, segments, 3)
@@ -221,13 +221,29 @@ def test_what_a_capture_has_built_in_is_launched_on():
     stale = toy(segments.begin(), x)
     assert not torch.equal(stale[0], plainly(toy, x)[0])
 
-    segments = Segments(RecordedGraphs())
-    for life in range(3):
-        run, x = segments.begin(), torch.randn(4)
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_what_is_not_static_is_not_read_again(alive):
+    """The emulation shows it: the tensor of the chain that was captured is read, or nothing that is there."""
+    segments, inputs = Segments(RecordedGraphs()), []
+
+    def chain(x):
+        run = segments.begin()
         total = run.keep("total", lambda: torch.empty(()))
-        run.run("sum", lambda x=x, total=total: total.copy_(x.sum()))
+        run.run("sum", lambda: none(total.copy_(x.sum())))
         run.finish()
-        assert torch.equal(total, x.sum()) == (life < 2)
+        return total
+
+    for _ in range(2):
+        x = torch.randn(4)
+        assert torch.equal(chain(x), x.sum())
+        inputs += [x] if alive else []
+    del x
+    if alive:
+        assert torch.equal(chain(torch.randn(4)), inputs[1].sum())
+    else:
+        with pytest.raises(CaptureError, match="a tensor that is gone"):
+            chain(torch.randn(4))
 
 
 def test_addresses_may_change_hands_only_in_order():
