@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Hashable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from rftcore.blocks import recompute
+from rftcore.blocks import once, recompute
 from rftcore.sampling.ambient import Ambient, RandomState
 from rftcore.sampling.denoiser import Denoiser
 from rftcore.sampling.graphs import Run
@@ -204,8 +204,9 @@ class Evaluations:
             )
         if self._scales is not None:
             x = x * _row(self._scales, step)
-        t = _row(self._timesteps, step)
-        return self.denoiser(x, t, conditioning, guided=self._guided, parameters=leaves.stand_ins)
+        with once.given(self.denoiser.model, given) if given else contextlib.nullcontext():
+            t = _row(self._timesteps, step)
+            return self.denoiser(x, t, conditioning, guided=self._guided, parameters=leaves.stand_ins)
 
     def _with_graph(self, step, x: Tensor, x_needed: bool, level, images: slice | None = None) -> Kept:
         x = (x if images is None else x[images]).detach().requires_grad_(x_needed)
@@ -231,10 +232,22 @@ class Evaluations:
         self._sums.add([*found[:first], *[None] * len(made), *found[first:]])
 
     def _has_constants(self) -> bool:
-        return False
+        """Whether the UNet can be given what does not depend on the state."""
+        return self._cross_attention.keys() <= {"scale"} and not once.reasons(self.denoiser.model)
+
+    @property
+    def _cross_attention(self) -> Mapping[str, Any]:
+        return self.denoiser.extra.get("cross_attention_kwargs", {})
 
     def _with_constants(self, leaves: Leaves) -> Inputs:
-        return leaves.inputs
+        """The inputs with what need not be made in each step."""
+        rest = dict(leaves.inputs.conditioning)
+        text = rest.pop("prompt_embeds", None)
+        dtype = self.denoiser.dtype
+        arguments = (self._timesteps, None if text is None else text.to(dtype), rest or None, self._cross_attention)
+        stand_ins = {f"module.{name}": tensor for name, tensor in leaves.stand_ins.items()}
+        values = torch.func.functional_call(_Once(self.denoiser.module), stand_ins, (*arguments, dtype))
+        return Inputs(leaves.inputs.conditioning, values.text, values.time)
 
     def _of_images(self, tensor: Tensor, images: slice) -> Tensor:
         """Of (N, ...) what belongs to these images, in both branches."""
@@ -256,6 +269,17 @@ class Evaluations:
     def _fresh(self, tensor: Tensor) -> Tensor:
         """What a segment returned, for longer than until it runs again."""
         return tensor if self._run.plain else tensor.clone()
+
+
+class _Once(nn.Module):
+    """`once.compute` as a module's forward, for stand-ins to be swapped into that module."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *arguments) -> once.Values:
+        return once.compute(self.module, *arguments)
 
 
 def _row(table: Tensor, step: int | Tensor) -> Tensor:

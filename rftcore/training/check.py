@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import StableDiffusionPipeline
 
-from rftcore.sampling import RewardError
+from rftcore.sampling import Plan, RewardError
 from rftcore.training import checkpoint, lora
 from rftcore.training.accounting import GIB, peak_gib
 from rftcore.training.config import RunConfig
@@ -36,6 +36,7 @@ class Figures:
         peak_gib: by phase, in their order.
         optimizer_gib: what the optimizer will hold besides; it takes no step here.
         adapted, learning: modules with an adapter, and those of them that receive a gradient.
+        plan: what the chain's steps keep, with the peak that was predicted.
         broken: why the run would stop in its first step, or None.
     """
 
@@ -53,6 +54,7 @@ class Figures:
     saturated: float
     adapted: int
     learning: int
+    plan: Plan | None
     broken: str | None
 
 
@@ -150,6 +152,7 @@ class _Measurement:
             saturated=float(scores[:, 1].mean()),
             adapted=len(trainable_lora_layers(engine.model)),
             learning=learning,
+            plan=trainer.method.sampler.plan,
             broken=broken,
         )
 
@@ -252,6 +255,7 @@ def report(config: RunConfig, figures: Figures) -> str:
     rows = {
         "peak memory": f"{max(figures.peak_gib.values()):.2f} GiB (up to the end of: {peaks}); "
         f"the optimizer adds {figures.optimizer_gib * 1024:.1f} MiB",
+        "plan": str(figures.plan or "nothing is differentiated through the chain"),
         "step": f"{figures.step_s:.2f} s of {figures.samples} samples ({phases} s); the first took "
         f"{figures.first_step_s:.2f} s",
         "validation": f"{figures.validation_s:.2f} s of {figures.validation_images} images ({rewards} before training)",

@@ -37,7 +37,9 @@ class ModelConfig:
 class SamplingConfig:
     """how images are sampled, in training and in evaluation alike"""
 
-    scheduler: Literal["ddim", "ddpm"] = option("ddim", "built from the model's own scheduler config")
+    scheduler: Literal["ddim", "ddpm", "euler", "euler_ancestral"] = option(
+        "ddim", "built from the model's own scheduler config"
+    )
     num_inference_steps: int = option(50, "sampling steps T")
     guidance_scale: float = option(7.5, "classifier-free guidance; 1.0 runs no negative branch")
     eta: float | None = option(None, "DDIM's noise level, 0 to 1; null: the scheduler's own (0 for DDIM)")
@@ -84,6 +86,18 @@ class LoraConfig:
     target_modules: list[str] = option(
         ["to_q", "to_k", "to_v", "to_out.0"], "names, or endings of names, of the adapted modules"
     )
+
+
+@dataclass
+class MemoryConfig:
+    """what the sampling chain may take, and by which means it is fast"""
+
+    budget: str | None = option(
+        None, "what a chain and its backward may take beyond the model, such as 8GiB; null: what is free on the device"
+    )
+    reserve: str = option("2GiB", "what budget: null leaves to decoding and the reward")
+    accelerate: bool = option(True, "rftcore's blocks in the UNet and the VAE; false: diffusers' own")
+    capture: bool = option(True, "on CUDA, chains are captured and launched as graphs")
 
 
 @dataclass
@@ -139,6 +153,7 @@ class RunConfig:
     sampling: SamplingConfig = group(SamplingConfig)
     train: TrainConfig = group(TrainConfig)
     lora: LoraConfig = group(LoraConfig)
+    memory: MemoryConfig = group(MemoryConfig)
     reward: RewardConfig = group(RewardConfig)
     eval: EvalConfig = group(EvalConfig)
 
@@ -188,8 +203,10 @@ class RunConfig:
         found += [f"{key}={value} must lie in [0, 1)" for key, value in fractions.items() if not 0 <= value < 1]
         if not self.output_dir.strip():
             found.append("output_dir is empty; give the folder that the run may write into")
-        if sampling.eta is not None and sampling.scheduler == "ddpm":
-            found.append(f"sampling.eta={sampling.eta} is DDIM's; leave it null with sampling.scheduler=ddpm")
+        if sampling.eta is not None and sampling.scheduler != "ddim":
+            found.append(
+                f"sampling.eta={sampling.eta} is DDIM's; leave it null with sampling.scheduler={sampling.scheduler}"
+            )
         elif sampling.eta is not None and not 0 <= sampling.eta <= 1:
             found.append(f"sampling.eta={sampling.eta} must lie in [0, 1]")
         if train.lr_scheduler == "constant" and train.lr_warmup_steps:

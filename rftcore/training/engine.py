@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
 from rftcore.rewards import Reward
-from rftcore.sampling import CheckpointedSampler, Trajectory, score
+from rftcore.sampling import CheckpointedSampler, Plan, Trajectory, score
 from rftcore.training.accounting import Stopwatch
 from rftcore.training.batches import Part, SamplePlan
 from rftcore.training.config import RunConfig
@@ -24,7 +24,8 @@ from rftcore.training.pipeline import PromptEmbeddings
 class Engine:
     """The parts of a run, and the few compositions of them that every algorithm needs.
 
-    unet is as accelerate prepared it (DDP-wrapped on several processes); `model` is the UNet inside.
+    unet is as accelerate prepared it (DDP-wrapped on several processes); `model` is the UNet inside. memory_plan is that
+    of the run that is resumed.
     """
 
     accelerator: Accelerator
@@ -37,6 +38,7 @@ class Engine:
     reward: Reward
     config: RunConfig
     clock: Stopwatch
+    memory_plan: Plan | None = None
 
     @property
     def model(self) -> UNet2DConditionModel:
@@ -47,7 +49,7 @@ class Engine:
 
         Raises: UsageError for settings that the model's scheduler cannot serve.
         """
-        settings = self.config.sampling
+        settings, memory = self.config.sampling, self.config.memory
         try:
             return CheckpointedSampler(
                 self.unet,
@@ -55,6 +57,10 @@ class Engine:
                 num_inference_steps=settings.num_inference_steps,
                 guidance_scale=settings.guidance_scale,
                 eta=settings.eta,
+                memory_budget=None if self.memory_plan is not None else memory.budget,
+                reserve=memory.reserve,
+                plan=self.memory_plan,
+                capture=memory.capture,
                 **gradient,
             )
         except (TypeError, ValueError) as error:

@@ -72,11 +72,8 @@ class Draft:
         )
 
     def _unet_evaluations(self, samples: int) -> int:
-        config = self.engine.config
-        steps = config.sampling.num_inference_steps
-        replayed = steps if config.train.backprop_steps is None else config.train.backprop_steps
         branches = 2 if self.sampler.guided else 1
-        return samples * branches * (steps + replayed)
+        return samples * branches * (self.engine.config.sampling.num_inference_steps + self.sampler.plan.replays)
 
 
 METHODS: dict[str, type[Method]] = {"draft": Draft}

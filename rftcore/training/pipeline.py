@@ -6,14 +6,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from torch import Tensor
 
 from rftcore import digits
 from rftcore.training.config import ModelConfig, SamplingConfig
 from rftcore.training.errors import UsageError
 
-SCHEDULERS = {"ddim": DDIMScheduler, "ddpm": DDPMScheduler}
+SCHEDULERS = {
+    "ddim": DDIMScheduler,
+    "ddpm": DDPMScheduler,
+    "euler": EulerDiscreteScheduler,
+    "euler_ancestral": EulerAncestralDiscreteScheduler,
+}
 
 
 def load(config: ModelConfig, dtype: torch.dtype) -> StableDiffusionPipeline:
@@ -49,7 +62,7 @@ def check(pipeline: StableDiffusionPipeline) -> None:
         )
 
 
-def scheduler(pipeline: StableDiffusionPipeline, config: SamplingConfig) -> DDIMScheduler | DDPMScheduler:
+def scheduler(pipeline: StableDiffusionPipeline, config: SamplingConfig) -> SchedulerMixin:
     """The chosen sampler with the model's own noise schedule and prediction type."""
     return SCHEDULERS[config.scheduler].from_config(pipeline.scheduler.config)
 

@@ -17,10 +17,10 @@ from diffusers import StableDiffusionPipeline
 from diffusers.optimization import get_scheduler
 from PIL import Image
 
+from rftcore import blocks, rewards
 from rftcore import prompts as prompt_sources
-from rftcore import rewards
-from rftcore.sampling import RewardError
-from rftcore.training import checkpoint, environment, lora, parsing, pipeline, report
+from rftcore.sampling import Plan, RewardError
+from rftcore.training import checkpoint, environment, lora, memory_plan, parsing, pipeline, report
 from rftcore.training.accounting import Stopwatch, peak_gib
 from rftcore.training.batches import SamplePlan, derived_seed
 from rftcore.training.checkpoint import Progress, Trained
@@ -101,6 +101,9 @@ class Trainer:
             pipe, [*self.train_prompts, *self.validation_prompts], config.sampling.negative_prompt, device
         )
         lora.attach(pipe.unet, config.lora, config.seed)
+        if config.memory.accelerate:
+            blocks.accelerate(pipe.unet)
+            blocks.accelerate(pipe.vae)
         optimizer = torch.optim.AdamW(
             lora.trainable(pipe.unet).values(),
             lr=config.train.learning_rate,
@@ -127,10 +130,18 @@ class Trainer:
             reward=self.judges[0],
             config=config,
             clock=Stopwatch(device),
+            memory_plan=self._earlier_plan(),
         )
         self.method = METHODS[config.algorithm](self.engine)
         self.validation = Validation(self.engine, self.method.sampler, self.validation_prompts, self.judges)
         self._trained = Trained(self.engine.model, self.optimizer, self.lr_scheduler, self.accelerator.scaler)
+
+    def _earlier_plan(self) -> Plan | None:
+        """The memory plan of the run that is resumed."""
+        if self._resume_from is None:
+            return None
+        _, batch = batch_shares(self.config, self.accelerator.num_processes)
+        return memory_plan.load(self.directory, self.config, batch)
 
     def train(self) -> dict[str, Any]:
         """Runs to `max_train_steps` and returns what results.json holds.
@@ -182,10 +193,16 @@ class Trainer:
         record = self.method.accumulate_gradients(step)
         if is_first:
             check_adapters_learn(self.engine.model, lambda: self._sample_again(step))
+            self._write_plan()
         learning_rate = self.lr_scheduler.get_last_lr()[0]
         with self.engine.clock.measure("train"):
             grad_norm = self._update(step)
         self._account(step, record, grad_norm, learning_rate, started)
+
+    def _write_plan(self) -> None:
+        plan = self.method.sampler.plan
+        if plan is not None and self.accelerator.is_main_process:
+            self.directory.write(memory_plan.NAME, memory_plan.content(plan, self.config))
 
     def _sample_again(self, step: int) -> None:
         part = self.engine.parts(step)[0]
