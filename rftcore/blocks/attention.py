@@ -44,11 +44,20 @@ def write_image(b: Builder, block: Attention) -> None:
     b.quotient("y", y, block.rescale_output_factor)
 
 
-def write(b: Builder, attn: Attention, n: str, context: str, h: str, names: tuple[str, str, str, str, str]) -> str:
+def write(
+    b: Builder,
+    attn: Attention,
+    n: str,
+    context: str,
+    h: str,
+    names: tuple[str, str, str, str, str],
+    place: str | None = None,
+) -> str:
     """Attention of n (B, N, C) to `context` (B, M, D), n itself for self-attention, added to h. Raises: Unserved.
 
     Args:
         names: of q, k, v, the attention's output, and the sum.
+        place: the attention's name in the model, by which k and v may be given; None: they are not.
     """
     modules.expect(attn, Attention)
     _check(attn)
@@ -59,7 +68,8 @@ def write(b: Builder, attn: Attention, n: str, context: str, h: str, names: tupl
         b.linear([q, k, v], n, [attn.to_q, attn.to_k, attn.to_v])
     else:
         b.linear([q], n, [attn.to_q])
-        b.linear([k, v], context, [attn.to_k, attn.to_v])
+        if place is None or not b.take({f"{place}.to_k": k, f"{place}.to_v": v}):
+            b.linear([k, v], context, [attn.to_k, attn.to_v])
     b.attention(o, q, k, v, attn.heads, scale(attn))
     return b.linear([y], o, [attn.to_out[0]], h)
 

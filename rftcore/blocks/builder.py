@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -21,12 +21,21 @@ class Builder:
     Args:
         inputs: names of the program's inputs.
         backends: of an op's name, the backend that was asked for; "auto" where it says nothing.
+        given: of a layer's name, its output, made beforehand.
+
+    Attributes:
+        parameters: of the steps.
+        taken: of what was given, by the names that it has in the program: further inputs.
 
     Raises: Unserved, from any method, where a layer is one that no step can stand for.
     """
 
-    def __init__(self, inputs: Sequence[str], backends: dict[str, str]) -> None:
+    def __init__(
+        self, inputs: Sequence[str], backends: dict[str, str], given: Mapping[str, Tensor] | None = None
+    ) -> None:
         self._inputs = tuple(inputs)
+        self._given = given
+        self.taken: dict[str, Tensor] = {}
         self._steps: list[Step] = []
         self._boundaries: list[str] = []
         self.parameters: list[Tensor | None] = []
@@ -35,7 +44,7 @@ class Builder:
 
     @property
     def program(self) -> Program:
-        return Program(self._inputs, tuple(self._steps), tuple(self._boundaries))
+        return Program((*self._inputs, *self.taken), tuple(self._steps), tuple(self._boundaries))
 
     @contextlib.contextmanager
     def within(self, layer: str) -> Iterator[None]:
@@ -45,6 +54,15 @@ class Builder:
             yield
         finally:
             self._prefix, self._inside = "", set()
+
+    def take(self, names: Mapping[str, str]) -> bool:
+        """Whether the outputs of all these layers were made beforehand: they are then inputs, called as `names` says."""
+        if not self._given or any(layer not in self._given for layer in names):
+            return False
+        for layer, name in names.items():
+            self.taken[self._prefix + name] = self._given[layer]
+            self._inside.add(name)
+        return True
 
     def boundary(self, name: str) -> str:
         """Notes that a block ends with this value and another begins with it."""

@@ -12,6 +12,7 @@ from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
+from diffusers.models.embeddings import TimestepEmbedding
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.unets.unet_2d_blocks import AttnUpBlock2D, CrossAttnDownBlock2D, CrossAttnUpBlock2D, UpBlock2D
@@ -24,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from rftcore.blocks import (
     attention,
     down_block,
+    embedding,
     ends,
     layers,
     levels,
@@ -96,6 +98,10 @@ def accelerate(
     for name, block, forward in _blocks(model):
         if "forward" not in block.__dict__:
             block.forward = Served(forward, block, Place(serving, name))
+    for name in embedding.EMBEDDINGS:
+        block = getattr(model, name, None)
+        if type(block) is TimestepEmbedding and "forward" not in block.__dict__:
+            block.forward = Served(embedding.forward, block, Place(serving, name))
     return module
 
 

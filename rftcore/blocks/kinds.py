@@ -314,6 +314,24 @@ class Concatenation(Kind):
 
 
 @dataclass(frozen=True)
+class Rows(Kind):
+    """A row (1, C), or already one for each image, and images x (N, any, ...) -> (N, C)."""
+
+    cheap: ClassVar[bool] = True
+
+    def reads(self, needs):
+        return (), (), False
+
+    def forward(self, inputs, parameters, lower, state=None):
+        row, x = inputs
+        return (row.expand(x.shape[0], -1).contiguous(),), (), row.shape[0]
+
+    def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower):
+        (grad,) = grads
+        return [grad.sum(0, keepdim=True) if state == 1 else grad, None] if needs[0] else [None, None]
+
+
+@dataclass(frozen=True)
 class ToTokens(Kind):
     """x (N, C, H, W) -> (N, H W, C)."""
 

@@ -15,11 +15,12 @@ from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D, CrossAtt
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from rftcore.blocks import attention, modules, resampling, stage, transformer
+from rftcore.blocks import attention, modules, once, resampling, stage, transformer
 from rftcore.blocks.builder import Builder
 from rftcore.blocks.modules import Unserved
 from rftcore.blocks.program import Program
 from rftcore.blocks.served import served
+from rftcore.blocks.serving import servings
 
 # How many text tokens a layer is taken to attend to: a ResNet's share of a budget cannot depend on the real number.
 TEXT_TOKENS = 77
@@ -60,10 +61,15 @@ class _Site(NamedTuple):
     parts: tuple[_Site, ...] = ()
 
 
-def layers(model: nn.Module, batch: int, height: int, width: int, dtype: torch.dtype) -> Iterator[Layer]:
+def layers(
+    model: nn.Module, batch: int, height: int, width: int, dtype: torch.dtype, given: bool | None = None
+) -> Iterator[Layer]:
     """What runs when the model is called on (batch, ..., height, width): on latents, for an autoencoder's decoder.
 
     Layers that cannot be served are left out.
+
+    Args:
+        given: whether it is called with what `once.compute` makes: inputs that are shared; None: as it would be now.
 
     Raises:
         ValueError: for a model of a build that is not known here.
@@ -75,10 +81,13 @@ def layers(model: nn.Module, batch: int, height: int, width: int, dtype: torch.d
             f"recompute='auto' cannot divide a budget among the layers of this {type(model).__name__}, whose build it "
             f"does not know ({error}); choose one of the other levels."
         ) from error
+    if given is None:
+        given = any(serving.given for serving in servings(model))
+    beforehand = once.on_meta(model, batch, TEXT_TOKENS, dtype) if given else {}
     while sites:
         site = sites.pop(0)
         try:
-            yield _layer(site, batch, height, width, dtype)
+            yield _layer(site, batch, height, width, dtype, beforehand)
         except Unserved:
             sites[:0] = site.parts
 
@@ -161,7 +170,7 @@ def _stage_sites(block: nn.Module, scale: int, skips: list[tuple[int, bool]] | N
             yield _single(resampler, resampler.channels, scale)
 
 
-def _layer(site: _Site, batch: int, height: int, width: int, dtype: torch.dtype) -> Layer:
+def _layer(site: _Site, batch: int, height: int, width: int, dtype: torch.dtype, given: dict[str, Tensor]) -> Layer:
     """Raises: Unserved."""
     if any(served(module) is None for module in (site.owner, *site.blocks)):
         raise Unserved("not served")
@@ -183,9 +192,10 @@ def _layer(site: _Site, batch: int, height: int, width: int, dtype: torch.dtype)
     if cross and cross[0] is not None:
         inputs["encoder_hidden_states"] = empty(batch, TEXT_TOKENS, modules.base_of(cross[0].to_k).in_features)
     # Prices do not depend on who serves, and these serve on the meta device.
-    b = Builder(inputs, {"attention": "math", "group_norm_silu": "reference", "geglu": "reference"})
+    b = Builder(inputs, {"attention": "math", "group_norm_silu": "reference", "geglu": "reference"}, given)
     write(b, site.blocks, skips, embedded(first), "encoder_hidden_states" in inputs)
-    shared = {"temb", "encoder_hidden_states"}
+    inputs |= b.taken
+    shared = {"temb", "encoder_hidden_states", *b.taken}
     shared |= {name for name, (_, is_shared) in zip(skips, site.skips, strict=True) if is_shared}
     parameters = tuple(
         None if p is None else torch.empty(p.shape, dtype=p.dtype, device="meta", requires_grad=p.requires_grad)

@@ -8,14 +8,15 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import nn
 
 from rftcore.blocks import levels
-from rftcore.blocks.serving import servings
+from rftcore.blocks.serving import setting
 
 
 @contextlib.contextmanager
 def recompute(module: nn.Module, drops: Mapping[str, Iterable[str]] | str) -> Iterator[None]:
     """Sets what the layers of an accelerated model make again, for the calls inside. The innermost one counts.
 
-    It holds for what is called inside, on any thread; a backward makes again what its forward was told to.
+    A backward makes again what its forward was told to. What torch.utils.checkpoint or diffusers' gradient checkpointing
+    runs a second time has to run inside, too.
 
     Args:
         module: an accelerated model, or one that wraps it.
@@ -30,12 +31,5 @@ def recompute(module: nn.Module, drops: Mapping[str, Iterable[str]] | str) -> It
         known = ", ".join(repr(level) for level in levels.LEVELS)
         raise ValueError(f"drops={drops!r} is unknown; choose one of {known}, or give a mapping from layers to values.")
     chosen = drops if isinstance(drops, str) else {name: frozenset(values) for name, values in drops.items()}
-    found = servings(module)
-    before = [serving.drops for serving in found]
-    for serving in found:
-        serving.drops = chosen
-    try:
+    with setting(module, "drops", chosen):
         yield
-    finally:
-        for serving, drops_before in zip(found, before, strict=True):
-            serving.drops = drops_before

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rftcore.blocks import kinds, modules
 from rftcore.blocks.builder import Builder
 from rftcore.blocks.modules import Unserved
+from rftcore.blocks.served import served
 from rftcore.blocks.serving import Place, check_call
 
 
@@ -47,7 +48,7 @@ def write(b: Builder, block: ResnetBlock2D, parts: Sequence[str], embedded: bool
     # In the order of ResnetBlock2D.forward, in which adapters with dropout draw.
     n1 = b.group_norm("n1", x, block.norm1, silu=True)
     c1 = b.convolution("c1", n1, block.conv1)
-    embedding, how = _embedding(b, block, embedded)
+    embedding, how = _embedding(b, block, x, embedded)
     n2 = b.group_norm("n2", c1, block.norm2, True, embedding, how)
     if block.conv_shortcut is None:
         y = b.convolution("y", n2, block.conv2, residual=x)
@@ -57,14 +58,21 @@ def write(b: Builder, block: ResnetBlock2D, parts: Sequence[str], embedded: bool
     return b.quotient("resnet", y, block.output_scale_factor)
 
 
-def _embedding(b: Builder, block: ResnetBlock2D, embedded: bool) -> tuple[str | None, str | None]:
-    """The projected time embedding and how it enters; None and None where it does not."""
+def _embedding(b: Builder, block: ResnetBlock2D, x: str, embedded: bool) -> tuple[str | None, str | None]:
+    """The projected time embedding of each image of x, and how it enters; None and None where it does not."""
     how = {"default": "add", "scale_shift": "scale_shift"}.get(block.time_embedding_norm)
     if block.time_emb_proj is None and not embedded or how is None:
         return None, None
     if block.time_emb_proj is None or not embedded:
         raise Unserved("a time embedding without a projection, or a projection without one")
+    if served(block) and b.take({f"{served(block).place.name}.time_emb_proj": "embedding"}):
+        return b.step(kinds.Rows(), ["embedding", x], ["embeddings"]), how
+    return write_projection(b, block), how
+
+
+def write_projection(b: Builder, block: ResnetBlock2D) -> str:
+    """Writes what becomes of the time embedding, "temb" (rows, D). Raises: Unserved."""
     temb = "temb"
     if not block.skip_time_act:
         temb = b.step(kinds.SiLU(), [temb], ["activated_temb"])
-    return b.linear(["embedding"], temb, [block.time_emb_proj]), how
+    return b.linear(["embedding"], temb, [block.time_emb_proj])

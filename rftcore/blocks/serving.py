@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,7 @@ class Serving:
         refusals: of a block's name, why its last call ran its own forward.
         budget: chooses what a layer makes again where `recompute` is "auto"; None for a block copied out of its model.
         drops: a level or, of a layer's name, the values that it makes again, in place of both; None: they decide.
+        given: of a layer's name, its output, made beforehand, as `once.given` sets it.
     """
 
     recompute: str
@@ -41,17 +43,32 @@ class Serving:
     refusals: dict[str, str] = dataclasses.field(default_factory=dict)
     budget: Chooser | None = None
     drops: Mapping[str, frozenset[str]] | str | None = None
+    given: Mapping[str, Tensor] | None = None
 
 
 def servings(module: nn.Module) -> list[Serving]:
-    """Of what is accelerated inside `module`, each model's.
-
-    Raises: ValueError where nothing is.
-    """
+    """Of what is accelerated inside `module`, each model's."""
     found = {id(ours.place.serving): ours.place.serving for block in module.modules() if (ours := served(block))}
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def setting(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Sets an attribute of every serving inside `module`, and takes it back.
+
+    Raises: ValueError where nothing is accelerated.
+    """
+    found = servings(module)
     if not found:
         raise ValueError(f"module={type(module).__name__} is not accelerated; call rftcore.accelerate(module) first.")
-    return list(found.values())
+    before = [getattr(serving, name) for serving in found]
+    for serving in found:
+        setattr(serving, name, value)
+    try:
+        yield
+    finally:
+        for serving, value_before in zip(found, before, strict=True):
+            setattr(serving, name, value_before)
 
 
 @dataclasses.dataclass
@@ -62,7 +79,7 @@ class Place:
     name: str
 
     def builder(self, *inputs: str) -> Builder:
-        return Builder(inputs, self.serving.backends)
+        return Builder(inputs, self.serving.backends, self.serving.given)
 
     def run(self, builder: Builder, inputs: Sequence[Tensor]) -> Tensor:
         """The block's program on these inputs.
@@ -70,10 +87,19 @@ class Place:
         Raises:
             ValueError: for inputs that are not floating point or not where the block's weights are.
         """
-        program, parameters = builder.program, builder.parameters
-        _check(self.name, program.inputs, inputs, parameters)
         self.served()
-        drop = self._drop(program, inputs, parameters)
+        return self._run(builder, inputs, None)
+
+    def evaluate(self, builder: Builder, inputs: Sequence[Tensor]) -> Tensor:
+        """The same outside of a call of the block: it keeps what takes a matrix product, and nothing is noted."""
+        return self._run(builder, inputs, frozenset())
+
+    def _run(self, builder: Builder, inputs: Sequence[Tensor], drop: frozenset[str] | None) -> Tensor:
+        program, parameters, inputs = builder.program, builder.parameters, [*inputs, *builder.taken.values()]
+        _check(self.name, program.inputs, inputs, parameters)
+        _check_rows(self.name, builder.taken, inputs[0].shape[0])
+        if drop is None:
+            drop = self._drop(program, inputs, parameters)
         given, before = dict(zip(program.inputs, inputs, strict=True)), inputs[0]
         for part, places in cutting.cut(program, drop):
             tensors = [before, *(given[name] for name in part.inputs[1:])]
@@ -136,4 +162,15 @@ def _check(name: str, names: Sequence[str], inputs: Sequence[Tensor], parameters
         if tensor.device != device:
             raise ValueError(
                 f"{name}: {argument} is on {tensor.device}, its weights are on {device}; move one of them."
+            )
+
+
+def _check_rows(name: str, taken: Mapping[str, Tensor], rows: int) -> None:
+    """Raises: ValueError where the values of another number of rows are given."""
+    for value, tensor in taken.items():
+        # Of an embedding, one row may stand for all.
+        if tensor.shape[0] != rows and not (tensor.dim() == 2 and tensor.shape[0] == 1):
+            raise ValueError(
+                f"{name}: {value} is given as {tuple(tensor.shape)}, for {rows} rows; give once.given the rows that "
+                "the model is called with, such as tensor[:rows]."
             )
