@@ -165,7 +165,13 @@ def test_three_lives():
     sampled = STEPS - STORED
     calls = segments.recorder.calls
     for expected in (
-        ["warm up", "prepare", "capture", *["launch"] * (sampled - 1), *["warm up"] * (2 * STORED + REPLAYED)],
+        [
+            "warm up",
+            "prepare",
+            *["capture", "launch"],
+            *["launch"] * (sampled - 2),
+            *["warm up"] * (2 * STORED + REPLAYED),
+        ],
         [*["launch"] * sampled, "prepare", *["capture", "launch"] * (2 * STORED + 1), *["launch"] * (REPLAYED - 1)],
         ["launch"] * (STEPS + STORED + REPLAYED),
         ["launch"] * (STEPS + STORED + REPLAYED),
@@ -390,7 +396,60 @@ def test_another_beginning_is_captured_anew():
         chain(["add", "add", "double", "add"])
     assert found == [5, 7, 7, 7]
     assert segments.refusal is None
-    assert segments.captured == 2
+    # "double", which leaves nothing, is still the first chain's.
+    assert segments.captured == segments.recorder.calls.count("capture") == 2
+
+
+def test_another_beginning_that_leaves_something():
+    """What was captured before would write over it, and is captured anew."""
+    segments, x = Segments(RecordedGraphs()), torch.randn(64)
+
+    def chain(keeps):
+        run = segments.begin()
+        given, out = run.keep("static", lambda: [torch.empty(64), torch.empty(64)])
+        given.copy_(x)
+        kept = run.run("keep", lambda: given * 3) if keeps else given
+        for _ in range(2):
+            run.run("step", lambda: none(out.copy_((given + 1).mul(2).add(3))))
+        run.run("use", lambda: none(out.add_(kept)))
+        run.finish()
+        return out.clone()
+
+    chain(False)
+    for _ in range(3):
+        assert torch.allclose(chain(True), 5 * x + 5)
+    assert segments.captured == 3
+
+
+@pytest.mark.parametrize("leaves", [False, True])
+def test_what_is_made_once_before_a_repeated_segment(leaves):
+    """Where it leaves nothing but static tensors, the repeated one is captured in the first chain, and stays."""
+    segments = Segments(RecordedGraphs())
+
+    def chain(run, x):
+        given, made, out = run.keep("static", lambda: [torch.empty(8) for _ in range(3)])
+        given.copy_(x)
+
+        def once():
+            # Larger than what follows, so that addresses would be shared.
+            doubled = (given.expand(64, 8) * 2)[0]
+            made.copy_(doubled)
+            return doubled if leaves else None
+
+        doubled = run.run("once", once)
+        for _ in range(4):
+            run.run("step", lambda: none(out.copy_(torch.tanh((doubled if leaves else made) + out * 0) + 1)))
+        for _ in range(3):
+            run.run("other", lambda: none(out.mul_(2)))
+        run.finish()
+        return out.clone()
+
+    calls = segments.recorder.calls
+    for captures in [0, 3, 0, 0] if leaves else [2, 1, 0, 0]:
+        before, x = len(calls), torch.randn(8)
+        assert torch.equal(chain(segments.begin(), x), 8 * (torch.tanh(2 * x) + 1))
+        assert calls[before:].count("capture") == captures
+    assert segments.captured == 3
 
 
 def test_a_chain_that_is_finished():

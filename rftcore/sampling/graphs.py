@@ -59,8 +59,8 @@ class Segments:
     """The captured segments of one capture key, through the three lives of its chains.
 
     The first chain runs as it is, and so warms up what is compiled, allocated and tried out at a first call; a segment
-    that it begins with and repeats is captured there already. The second captures each segment where it meets it, the
-    later ones launch them. All memory that segments take is one pool's: what one of them let go of, the next reuse.
+    that it repeats at once is captured there already, where nothing before it left anything that will be in the pool.
+    The second captures each other segment where it meets it, the later ones launch them. All memory that segments take is one pool's: what one of them let go of, the next reuse.
     That is right only in the order in which they were captured, with one chain at a time: while a chain is not
     finished, those that begin meanwhile run as they are.
 
@@ -129,10 +129,12 @@ class Run:
         self._segments = segments
         self._mode = "plain" if segments is None else segments._mode
         self._kept: dict[Hashable, Any] = {} if segments is None else segments._kept
-        # The names met, the last of a row of equal ones.
-        self._met: list[Hashable] = []
-        self._all_captured, self._prepared = True, False
-        # The place of the last segment in the captured sequence.
+        self._prepared = False
+        # Of the segments met: the last one's name, all names, and of those that ran as they are who left something.
+        self._last: Hashable = None
+        self._met: set[Hashable] = set()
+        self._left: set[Hashable] = set()
+        # The place of the last captured segment in the sequence.
         self._at = -1
 
     @property
@@ -174,17 +176,19 @@ class Run:
                 f"the segment {name!r} was asked for after its chain had finished, and the memory that it would read "
                 "belongs to the next one. For a second backward pass through a chain run it without graphs."
             )
-        repeated = bool(self._met) and self._met[-1] == name
-        if not repeated:
-            self._met.append(name)
+        repeated = name in self._met and self._last == name
+        self._met.add(name)
+        self._last = name
         if self._mode == "plain":
             return work()
         if self._mode == "eager":
             return self._as_it_is(work)
-        if self._mode == "warm" and not (repeated and len(self._met) == 1):
-            # It may yet be captured where it is met again at once.
-            self._all_captured = len(self._met) == 1
-            return self._as_it_is(work)
+        if self._mode == "warm" and not (repeated and self._left <= {name}):
+            result = self._as_it_is(work)
+            if _tensors(result):
+                self._left.add(name)
+            return result
+        self._left.discard(name)
         return self._next(name, work)
 
     def finish(self) -> None:
@@ -194,7 +198,7 @@ class Run:
             return
         self._mode = "finished"
         segments._open = None
-        if mode == "capture" or (mode == "warm" and self._all_captured and self._at >= 0):
+        if mode == "capture" or (mode == "warm" and self._met <= {segment.name for segment in segments._sequence}):
             segments._mode = "replay"
         elif mode == "warm":
             segments._mode = "capture"
@@ -221,12 +225,19 @@ class Run:
                 "launched there, it would read memory that others have written to. What was captured is dropped; run "
                 "the chain again, or without graphs."
             )
-        del sequence[self._at + 1 :]
+        if (again := self._again(name)) is None:
+            return self._capture(name, work)
+        self._insert(again)
+        return again.launch()
+
+    def _insert(self, segment: _Segment) -> None:
+        """Puts a segment after the last one."""
+        sequence = self._segments._sequence
         self._at += 1
-        if (again := self._again(name)) is not None:
-            sequence.append(again)
-            return again.launch()
-        return self._capture(name, work)
+        if segment.leaves:
+            # What was captured before it and comes after it may write over that.
+            del sequence[self._at :]
+        sequence.insert(self._at, segment)
 
     def _again(self, name: Hashable) -> _Segment | None:
         """The segment of that name, where none was captured since that left something which it would write over."""
@@ -249,9 +260,8 @@ class Run:
             # Without the traceback, which would keep alive what the failed capture allocated.
             self.reason = f"{name!r} could not be captured: {type(error).__name__}: {error}"
         else:
-            tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
             detached = pytree.tree_map_only(Tensor, Tensor.detach, result)
-            segments._sequence.append(_Segment(name, replay, detached, bool(tensors)))
+            self._insert(_Segment(name, replay, detached, _tensors(result)))
             replay()
             return result
         segments.refuse(self.reason)
@@ -299,6 +309,11 @@ class Graphs:
     def bytes(self) -> int:
         """What the pools of all keys hold."""
         return sum(segments.bytes for segments in self._segments.values())
+
+
+def _tensors(result: Any) -> bool:
+    """Whether there is a tensor in what a work returned."""
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(result))
 
 
 @contextlib.contextmanager
