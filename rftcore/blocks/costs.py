@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rftcore.blocks import layers
@@ -79,17 +79,27 @@ def of_layer(layer: Layer, lower: torch.dtype | None) -> Costs:
 
 
 def priced(
-    model: nn.Module, batch: int, height: int, width: int, dtype: torch.dtype, lower: torch.dtype | None
+    model: nn.Module,
+    batch: int,
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    lower: torch.dtype | None,
+    tokens: int = layers.TEXT_TOKENS,
+    given: bool | None = None,
 ) -> Iterator[tuple[Layer, Costs]]:
     """The layers of an accelerated model and their costs, for an input (batch, ..., height, width).
 
     Args:
         dtype: of the layers' inputs.
         lower: autocast's dtype, or None.
+        tokens: of the text.
+        given: whether what `once.compute` makes is given to them; None: as it would be now.
     """
     # Each kind of layer is counted once.
     known: dict[Any, Costs] = {}
-    for layer in layers.layers(model, batch, height, width, dtype):
+    for layer in layers.layers(model, batch, height, width, dtype, given):
+        layer = _with_text(layer, tokens)
         shapes = tuple((t.shape, t.dtype) for t in layer.inputs)
         weights = tuple(None if p is None else (p.shape, p.dtype, p.requires_grad) for p in layer.parameters)
         key = (layer.program, shapes, weights, layer.shared)
@@ -97,6 +107,16 @@ def priced(
             with sdpa_kernel(SDPBackend.MATH):
                 known[key] = of_layer(layer, lower)
         yield layer, known[key]
+
+
+def _with_text(layer: Layer, tokens: int) -> Layer:
+    """The layer where the text, or the keys and values that were made of it, has so many tokens."""
+
+    def resized(name: str, tensor: Tensor) -> Tensor:
+        is_text = name in layer.shared and tensor.dim() == 3
+        return tensor.new_empty(tensor.shape[0], tokens, tensor.shape[2]) if is_text else tensor
+
+    return layer._replace(inputs=tuple(map(resized, layer.program.inputs, layer.inputs)))
 
 
 def wants(layer: Layer) -> tuple[bool, ...]:

@@ -228,6 +228,10 @@ class Planner:
         # States and their stack, the noise and the guided output of a step, and the outputs of those with a gradient.
         outputs = sum(mode != "none" for mode in modes)
         self.fixed = (2 * len(modes) + 6) * simulation.latent_bytes(batch) + outputs * simulation.output_bytes(batch)
+        self._constants = simulation.constants(batch, len(modes))
+        self.fixed += self._constants.kept
+        # Of the sums of gradients.
+        self._gradients = simulation.trained_bytes + self._constants.sums
         self._simulated: dict[int, Step] = {}
 
     def level(self, count: int) -> Level:
@@ -286,41 +290,49 @@ class Planner:
             while again is not None and again < smallest:
                 smallest = again
                 again = self._one_image(int(0.99 * smallest))[1]
-            least["a replay of one image"] = self.fixed + self.simulation.trained_bytes + smallest
+            least["a replay of one image"] = self.fixed + self._gradients + smallest + self._sliced(1)
         return least
 
     def longest(self, budget: int, reserve: int = 0) -> int:
         """How many steps could be stored, each at the least that it can keep."""
         most = self.step(self.most)
-        transient = max(reserve, most.peak - most.kept + self.simulation.trained_bytes)
+        transient = max(reserve, most.peak - most.kept + self._gradients)
         return max(0, (budget - self.fixed - transient) // most.kept)
 
     def _sampling(self, reserve: int) -> dict[str, int]:
-        return {
+        least = {
             "a sampling step": self.fixed + self.simulation.forward(self.batch).peak,
             "decoding and the reward": self.fixed + reserve,
         }
+        if self._constants.kept:
+            least["what is made once of text and times"] = self.fixed + self._gradients + self._constants.peak
+        return least
 
     def _replay(self, budget: int, reserve: int) -> _Replay:
         """The replay of the fewest FLOPs, in the fewest pieces. Raises: ValueError where none fits."""
-        room = budget - self.fixed - self.simulation.trained_bytes
+        room = budget - self.fixed - self._gradients
         whole = self.step(0)
         if whole.peak <= room:
             return _Replay(self.batch, 0, whole.peak, 0.0)
-        one = self.simulation.step(1, self.level(0))
-        if one.peak <= room:
-            more = (whole.peak - one.peak) / (self.batch - 1)
-            for images in range(min(self.batch - 1, 1 + int((room - one.peak) / more)), 0, -1):
+        one = self.simulation.step(1, self.level(0)).peak + self._sliced(1)
+        if one <= room:
+            more = (whole.peak - one) / (self.batch - 1)
+            for images in range(min(self.batch - 1, 1 + int((room - one) / more)), 0, -1):
                 # As many in each piece as in the others, as far as that goes.
                 even = math.ceil(self.batch / math.ceil(self.batch / images))
-                peak = self.simulation.step(even, self.level(0)).peak
+                peak = self.simulation.step(even, self.level(0)).peak + self._sliced(even)
                 if peak <= room:
                     return _Replay(even, 0, peak, 0.0)
         # One image at a time, and what is made again besides.
-        count, peak = self._one_image(room)
+        count, peak = self._one_image(room - self._sliced(1))
         if peak is None:
             raise ValueError(self._too_small(budget, self.least(reserve)))
-        return _Replay(1, count, peak, self._extra[count])
+        return _Replay(1, count, peak + self._sliced(1), self._extra[count])
+
+    def _sliced(self, images: int) -> int:
+        """Bytes of these images' rows of what is made once, and of the gradients of all of its rows."""
+        whole = images == self.batch
+        return 0 if whole else self._constants.kept * images // self.batch + self._constants.wanted
 
     def _one_image(self, room: int) -> tuple[int, int | None]:
         """The fewest items that must be made again for a replay of one image to fit, and its peak, None: it cannot."""
@@ -420,7 +432,6 @@ class Planner:
     ) -> Iterator[tuple[int | None, int]]:
         """Bytes at the peaks of the chain's parts, each with the level whose transients they are a bound for."""
         sampling = self.simulation.forward(self.batch).peak
-        gradients = self.simulation.trained_bytes
         count_of, live = dict(zip(self.steps, counts, strict=True)), self.fixed
         for step in range(len(self.modes)):
             count = count_of.get(step)
@@ -433,7 +444,8 @@ class Planner:
                 yield count, live + self._backward_transient(count)
                 live -= self.kept(count)
             elif replay is not None:
-                yield None, live + gradients + replay.peak
+                yield None, live + self._gradients + replay.peak
+        yield None, max(self._sampling(0).values())
 
     def _forward_transient(self, count: int) -> int:
         """Bytes at the peak of a stored step's forward, a bound where that level was not simulated."""
@@ -443,7 +455,7 @@ class Planner:
     def _backward_transient(self, count: int) -> int:
         """Bytes that a stored step's backward takes beyond what it keeps, likewise."""
         simulated = self.step(self._above(count))
-        return simulated.backward_peak - simulated.kept + self.simulation.trained_bytes
+        return simulated.backward_peak - simulated.kept + self._gradients
 
     def _above(self, count: int) -> int:
         """The next level that was simulated and makes as much again or more: transients grow with that."""
@@ -455,7 +467,7 @@ class Planner:
             "a sampling step": "make the batch or the resolution smaller",
             "decoding and the reward": "decode fewer images at a time, or accelerate the decoder",
             "a replay of one image": "make the resolution smaller",
-        }[part]
+        }.get(part, "make the batch smaller")
         if part == "a replay of one image" and not self.simulation.accelerated:
             advice = "keep less: rftcore.accelerate(unet)"
         return (

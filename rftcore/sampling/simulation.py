@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from accelerate.state import AcceleratorState
@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kerne
 from torch.nn.modules import module as globals_of_modules
 from torch.utils._python_dispatch import _disable_current_modes
 
-from rftcore.blocks import costs, recompute
+from rftcore.blocks import costs, once, recompute
 from rftcore.blocks.served import served
 from rftcore.counting import FLOPs, PeakBytes
 from rftcore.sampling.decode import decode
@@ -64,6 +64,22 @@ class Step(NamedTuple):
         return max(self.forward_peak, self.backward_peak)
 
 
+class Constants(NamedTuple):
+    """What is made once for a chain and given to each evaluation.
+
+    Attributes:
+        kept: bytes of it.
+        wanted: bytes of what of it has a gradient, which is summed up over the steps.
+        sums: bytes of those sums, in fp32 or wider.
+        peak: bytes at their largest while it is made, or made again for its gradient, beyond `kept`.
+    """
+
+    kept: int
+    wanted: int
+    sums: int
+    peak: int
+
+
 class Simulation:
     """A UNet's twin, whose tensors have shapes and dtypes and no data.
 
@@ -101,6 +117,10 @@ class Simulation:
         self._guided = guided
         # In fp32 or wider, whatever the parameters are.
         self.trained_bytes = sum(p.numel() * max(4, p.itemsize) for p in self.model.parameters() if p.requires_grad)
+        # As the chain asks, whose evaluations are then given what is made once.
+        passed = self._denoiser.extra.get("cross_attention_kwargs", {})
+        self._has_constants = passed.keys() <= {"scale"} and not once.reasons(self.model)
+        self._given: dict[int, dict[str, Tensor]] = {}
         self._forwards: dict[int, Forward] = {}
         self._steps: dict = {}
 
@@ -109,7 +129,7 @@ class Simulation:
         if images not in self._forwards:
             with _without_data(self._mode, self._autocast), torch.no_grad():
                 x, t, conditioning = self._inputs(images)
-                with FLOPs() as counted, PeakBytes() as live:
+                with self._constants_given(images), FLOPs() as counted, PeakBytes() as live:
                     self._denoiser(x, t, conditioning, guided=self._guided)
             self._forwards[images] = Forward(counted.total, live.peak)
         return self._forwards[images]
@@ -120,18 +140,60 @@ class Simulation:
         if key not in self._steps:
             with _without_data(self._mode, self._autocast), torch.enable_grad(), _recompute(self.model, level):
                 x, t, conditioning = self._inputs(images)
-                wanted = [x.requires_grad_(), *(p for p in self.model.parameters() if p.requires_grad)]
-                self._steps[key] = _count(lambda: self._denoiser(x, t, conditioning, guided=self._guided), wanted)
+                with self._constants_given(images) as given:
+                    wanted = [x.requires_grad_(), *(tensor for tensor in given.values() if tensor.requires_grad)]
+                    wanted += [p for p in self.model.parameters() if p.requires_grad]
+                    self._steps[key] = _count(lambda: self._denoiser(x, t, conditioning, guided=self._guided), wanted)
         return self._steps[key]
 
     def priced(self, images: int) -> list[tuple[str, costs.Item]]:
         """The layers' values that can be made again, each with its layer's name; none where nothing is accelerated."""
         if not self.accelerated:
             return []
-        size = images * self._rows, *self._size
+        size, text = (images * self._rows, *self._size), self._conditioning.get("prompt_embeds")
+        options: dict[str, Any] = {"given": self._has_constants}
+        if text is not None:
+            options["tokens"] = text[0][0]
         with _disable_current_modes():
-            found = list(costs.priced(self.model, *size, self._denoiser.dtype, self._autocast))
+            found = list(costs.priced(self.model, *size, self._denoiser.dtype, self._autocast, **options))
         return [(layer.name, item) for layer, cost in found for item in cost.items]
+
+    def constants(self, images: int, steps: int) -> Constants:
+        """What is made once for a chain of so many steps."""
+        if not self._has_constants:
+            return Constants(0, 0, 0, 0)
+        with _without_data(self._mode, self._autocast), torch.enable_grad(), PeakBytes() as live:
+            made = self._compute(images, steps)
+            values = [*made.text.values(), *made.time.values()]
+            wanted = [tensor for tensor in values if tensor.requires_grad]
+            trained = [p for p in self.model.parameters() if p.requires_grad]
+            if wanted:
+                torch.autograd.grad(wanted, trained, [torch.empty_like(t) for t in wanted], allow_unused=True)
+        kept = sum(tensor.nbytes for tensor in values)
+        sums = sum(tensor.numel() * max(4, tensor.itemsize) for tensor in wanted)
+        return Constants(kept, sum(tensor.nbytes for tensor in wanted), sums, live.peak - kept)
+
+    def _compute(self, images: int, steps: int) -> once.Values:
+        _, _, conditioning = self._inputs(images)
+        text, dtype = conditioning.pop("prompt_embeds", None), self._denoiser.dtype
+        passed = self._denoiser.extra.get("cross_attention_kwargs", {})
+        times = torch.empty(steps, dtype=torch.int64)
+        return once.compute(
+            self.model, times, None if text is None else text.to(dtype), conditioning or None, passed, dtype
+        )
+
+    @contextlib.contextmanager
+    def _constants_given(self, images: int) -> Iterator[dict[str, Tensor]]:
+        """Evaluations inside are given what the chain makes once; it yields that, by name."""
+        if not self._has_constants:
+            yield {}
+            return
+        if images not in self._given:
+            with torch.enable_grad():
+                made = self._compute(images, 1).at(0)
+            self._given[images] = {name: t.detach().requires_grad_(t.requires_grad) for name, t in made.items()}
+        with once.given(self.model, self._given[images]):
+            yield self._given[images]
 
     def latent_bytes(self, images: int) -> int:
         """Of one state of the chain."""
