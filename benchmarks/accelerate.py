@@ -21,15 +21,19 @@ from benchmarks.shapes import ATTENTION
 STOCK, CHECKPOINTING, AUTO = "stock", "gradient checkpointing", "accelerate, auto"
 
 
+# Of the UNet.
+SHAPE = {
+    "sample_size": 64,
+    "block_out_channels": (128, 256, 256),
+    "layers_per_block": 2,
+    "cross_attention_dim": 768,
+    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+}
+
+
 def make_unet() -> UNet2DConditionModel:
-    unet = UNet2DConditionModel(
-        sample_size=64,
-        block_out_channels=(128, 256, 256),
-        layers_per_block=2,
-        cross_attention_dim=768,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    ).requires_grad_(False)
+    unet = UNet2DConditionModel(**SHAPE).requires_grad_(False)
     unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=list(ATTENTION)))
     return unet
 

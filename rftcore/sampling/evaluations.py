@@ -108,13 +108,25 @@ class Evaluations:
     def _prepare(self) -> None:
         given = Inputs({name: self._static(name, tensor) for name, tensor in self._conditioning.items()}, {}, {})
 
-        def work() -> Inputs:
+        def make() -> Inputs:
             # Its graph goes at once: the values are made again for their gradient, when there is one.
             with torch.set_grad_enabled(self.plan is not None):
                 made = self._with_constants(self._leaves(given, self._conditioning_wanted))
             return made.leaves(tuple(tensor.requires_grad for tensor in made.tensors()))
 
-        self._inputs = self._run.run("once", work) if self._has_constants() else given
+        def work() -> None:
+            # To static tensors, not the pool's: the first chain's steps may then be captured after it already.
+            with torch.no_grad():
+                for static, made in zip(self._inputs.constants(), make().constants(), strict=True):
+                    static.copy_(made)
+
+        if not self._has_constants():
+            self._inputs = given
+        elif self._run.plain:
+            self._inputs = make()
+        else:
+            self._inputs = self._run.keep("once", make)._replace(conditioning=given.conditioning)
+            self._run.run("once", work)
         self._wanted = self._run.keep(
             "wanted",
             lambda: (*self._conditioning_wanted, *(tensor.requires_grad for tensor in self._inputs.constants())),
@@ -145,19 +157,23 @@ class Evaluations:
         """The gradient of x, if needed, given that of the output; that of everything else is added up."""
         grad_output = self._static("grad_output", grad_output)
         if (kept := self._kept.pop(step, None)) is not None:
-            grad = self._run.run(("kept", step), lambda: self._differentiate(kept, grad_output))
+            grad = self._run.run(("kept", step), lambda: self._differentiate(kept, grad_output, self._run.retain))
             return None if grad is None else self._fresh(grad)
-        row, x, found = self._row(step), self._static("x", x), []
+        row, x = self._row(step), self._static("x", x)
+        # Not what a segment returned: of several that take turns, each would have to be captured again.
+        grad_x = self._run.keep("grad_x", lambda: torch.empty_like(x)) if x_needed else None
         for first in range(0, self._batch, self.plan.replay_batch):
             images = slice(first, min(first + self.plan.replay_batch, self._batch))
 
-            def work(images=images) -> Tensor | None:
+            def work(images=images) -> None:
                 replayed = self._with_graph(row, x, x_needed, self.plan.replay_level, images)
-                return self._differentiate(replayed, self._of_images(grad_output, images))
+                grad = self._differentiate(replayed, self._of_images(grad_output, images))
+                if grad_x is not None:
+                    grad_x[images] = grad
 
             with self._random[step].restored() if step in self._random else contextlib.nullcontext():
-                found.append(self._run.run(("replay", x_needed, first), work))
-        return torch.cat(found) if x_needed else None
+                self._run.run(("replay", x_needed, first), work)
+        return grad_x
 
     def begin_backward(self) -> None:
         """Before the first `backward`, in a chain's second backward pass, too: everything is replayed in that one."""
@@ -188,6 +204,7 @@ class Evaluations:
     def release(self) -> None:
         """Lets every kept graph go."""
         self._kept.clear()
+        self._run.give_up()
 
     def _leaves(self, inputs: Inputs, wanted: tuple[bool, ...]) -> Leaves:
         """Leaves for one piece of work; a captured one needs its own even of parameters, of the stream it runs on."""
@@ -215,9 +232,9 @@ class Evaluations:
         with torch.enable_grad(), self._ambient.restored(), again:
             return Kept(x, leaves, self._evaluate(step, x, leaves, images))
 
-    def _differentiate(self, kept: Kept, grad_output: Tensor) -> Tensor | None:
+    def _differentiate(self, kept: Kept, grad_output: Tensor, retain_graph: bool = False) -> Tensor | None:
         sources = [kept.x, *kept.leaves.inputs.tensors(), *kept.leaves.trained]
-        grad, *rest = gradients([kept.output], [grad_output], sources, retain_graph=self._run.retain)
+        grad, *rest = gradients([kept.output], [grad_output], sources, retain_graph)
         self._sums.add(rest)
         return grad
 

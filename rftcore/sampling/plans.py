@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from rftcore.blocks.budget import bytes_of
 from rftcore.blocks.served import served
@@ -70,17 +71,19 @@ class Plans:
             budget = self._budget
             if budget is None:
                 budget = free_memory(latents.device) - captured_bytes
-            self._made[key] = make_plan(
-                self._denoiser,
-                conditioning,
-                batch=batch,
-                height=height,
-                width=width,
-                guided=self._guided,
-                modes=modes,
-                budget=budget,
-                reserve=self._reserve if self._budget is None else 0,
-            )
+            # Not for the eyes of a mode that counts or changes what the chain does.
+            with _disable_current_modes():
+                self._made[key] = make_plan(
+                    self._denoiser,
+                    conditioning,
+                    batch=batch,
+                    height=height,
+                    width=width,
+                    guided=self._guided,
+                    modes=modes,
+                    budget=budget,
+                    reserve=self._reserve if self._budget is None else 0,
+                )
         self.last = self._made[key]
         return self.last
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from rftcore.ops.sampler_step import Coefficient
 from rftcore.sampling import replay
@@ -390,8 +391,8 @@ class CheckpointedSampler:
         """The table of a chain on a device, copied to it once."""
         key = (device, self.denoiser.state_dtype, steps, output)
         if key not in self._tables:
-            # The copy outlives this call, which may be made under inference mode.
-            with torch.inference_mode(False):
+            # The copy outlives this call, which may be made under inference mode, or one that counts.
+            with torch.inference_mode(False), _disable_current_modes():
                 self._tables[key] = DeviceTable.of(self.table.stopped(steps, output), device, key[1])
         return self._tables[key]
 
