@@ -122,13 +122,7 @@ def test_an_image_depends_on_its_seed_and_place_alone(tmp_path):
     assert all(abs(a - b).max() > 8 for i, a in enumerate(images) for b in images[:i])
 
 
-# Strict: with the chain that takes these schedulers' tables the mark goes.
-NOT_YET = pytest.mark.xfail(strict=True, reason="the chain does not scale its input or keep earlier outputs yet")
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in ("ddim", "ddpm") else pytest.param(name, marks=NOT_YET) for name in SCHEDULERS]
-)
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_scheduler(name, tmp_path):
     class_name, extra = SCHEDULERS[name]
     pipe = stock()

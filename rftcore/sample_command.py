@@ -6,7 +6,6 @@ import dataclasses
 import json
 import textwrap
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +21,6 @@ from rftcore import digits, lora_files
 from rftcore import prompts as prompt_sources
 from rftcore.sample_options import SCHEDULERS, SampleOptions
 from rftcore.sampling import CheckpointedSampler, decode
-from rftcore.sampling.merged import merged
 from rftcore.training import environment
 from rftcore.training.batches import derived_seed
 from rftcore.training.errors import RunError, UsageError
@@ -111,8 +109,7 @@ def _images(
             batch = items[start : start + options.batch_size]
             noise = [torch.Generator().manual_seed(item.seed) for item in batch]
             arguments = encoded.arguments([item.text for item in batch], size, pipe.vae_scale_factor, pipe.unet.device)
-            with merged(pipe.unet) if options.merge_lora else nullcontext():
-                latents = sampler(**arguments, sample_size=size, generator=noise).latents
+            latents = sampler(**arguments, sample_size=size, generator=noise, merged=options.merge_lora).latents
             for item, latent in zip(batch, latents.split(1), strict=True):
                 yield item, _to_image(decode(pipe.vae, latent)[0])
             bar.update(len(batch))

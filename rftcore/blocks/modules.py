@@ -172,12 +172,12 @@ def _base_and_adapters(
     check_hooks(module, own)
     # A layer at the model's end that was served before PEFT wrapped it.
     base = expect(module._modules.get("base_layer"), plain, own=own)
-    active = list(_active_adapters(module, plain))
+    active = list(active_adapters(module, plain))
     adapters = tuple(adapter for p, adapter in active if p == 0)
     return base, adapters, tuple(dropped for dropped in active if dropped.p > 0)
 
 
-def _active_adapters(layer: BaseTunerLayer, plain: type) -> Iterable[Dropped]:
+def active_adapters(layer: BaseTunerLayer, plain: type) -> Iterable[Dropped]:
     """What PEFT's forward adds to the base layer."""
     if layer.disable_adapters:
         if layer.merged:

@@ -167,7 +167,7 @@ def _acting(layer: BaseTunerLayer) -> tuple[Adapter, ...]:
             return ()
         raise Unserved(f"it is a {type(layer).__module__}.{type(layer).__name__}, not LoRA of a Linear or Conv2d")
     adapters = []
-    for p, adapter in modules._active_adapters(layer, plain):
+    for p, adapter in modules.active_adapters(layer, plain):
         if p > 0:
             raise Unserved(f"its dropout p={p} is active (call .eval())")
         adapters.append(adapter)
