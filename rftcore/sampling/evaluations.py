@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rftcore.blocks import once, recompute
+from rftcore.blocks.serving import servings
 from rftcore.sampling.ambient import Ambient, RandomState
 from rftcore.sampling.denoiser import Denoiser
 from rftcore.sampling.graphs import Run
@@ -103,6 +104,7 @@ class Evaluations:
     def begin(self) -> None:
         """Makes what is made once for the chain, in the surroundings that its steps will have."""
         self._ambient = Ambient.capture(self._timesteps.device)
+        self._servings = servings(self.denoiser.model)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -176,7 +178,16 @@ class Evaluations:
         return grad_x
 
     def begin_backward(self) -> None:
-        """Before the first `backward`, in a chain's second backward pass, too: everything is replayed in that one."""
+        """Before the first `backward`, in a chain's second backward pass, too: everything is replayed in that one.
+
+        Raises:
+            RuntimeError: where the UNet was accelerated otherwise, or restored, since `begin`.
+        """
+        if self._servings and list(map(id, self._servings)) != list(map(id, servings(self.denoiser.model))):
+            raise RuntimeError(
+                "rftcore.accelerate or rftcore.restore was called on the UNet between the sampling and its backward "
+                "pass, which would replay other blocks; call backward() first."
+            )
         if self._finished:
             # The graphs' memory is other chains' by now.
             self._run, self._finished = Run(None, "a chain's second backward pass"), False
