@@ -23,7 +23,7 @@ def _section(name: str, columns: str | None) -> str:
     content = json.loads((RESULTS / f"{name}.json").read_text())
     rows = content["rows"]
     if columns:
-        rows = [{column: row[column] for column in columns.split(", ")} for row in rows]
+        rows = [{column: row.get(column, "") for column in columns.split(", ")} for row in rows]
     environment = content["environment"]
     versions, threads = environment["versions"], environment["threads"]
     return (
