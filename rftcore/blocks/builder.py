@@ -59,9 +59,8 @@ class Builder:
         """Whether the outputs of all these layers were made beforehand: they are then inputs, called as `names` says."""
         if not self._given or any(layer not in self._given for layer in names):
             return False
-        for layer, name in names.items():
-            self.taken[self._prefix + name] = self._given[layer]
-            self._inside.add(name)
+        self.taken.update((self._prefix + name, self._given[layer]) for layer, name in names.items())
+        self._inside.update(names.values())
         return True
 
     def boundary(self, name: str) -> str:
@@ -74,11 +73,12 @@ class Builder:
         start = len(self.parameters)
         self.parameters.extend(parameters)
         places = range(start, len(self.parameters))
-        read = tuple(self._prefix + name if name in self._inside else name for name in inputs)
-        made = tuple(self._prefix + name for name in outputs)
-        self._inside.update(outputs)
-        self._steps.append(Step(kind, read, made, tuple(self._prefix + name for name in statistics), places))
-        return made[0]
+        if self._prefix:
+            inputs = [self._prefix + name if name in self._inside else name for name in inputs]
+            self._inside.update(outputs)
+            outputs, statistics = ([self._prefix + name for name in names] for names in (outputs, statistics))
+        self._steps.append(Step(kind, tuple(inputs), tuple(outputs), tuple(statistics), places))
+        return outputs[0]
 
     def _backend(self, op: str) -> str:
         return self._backends.get(op, "auto")

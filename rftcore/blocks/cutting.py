@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator
 
-from rftcore.blocks.program import Program
+from rftcore.blocks.program import Program, Step
 
 
 def cut(program: Program, drop: frozenset[str]) -> Iterator[tuple[Program, range]]:
@@ -16,22 +16,22 @@ def cut(program: Program, drop: frozenset[str]) -> Iterator[tuple[Program, range
     """
     ends = _ends(program, drop)
     if len(ends) == 1:
-        yield program, range(program.parameter_count)
+        yield program, range(program.steps[-1].parameters.stop)
         return
     start = 0
     for end in ends:
         steps = program.steps[start:end]
-        first = steps[0].parameters.start
-        own = range(first, max(step.parameters.stop for step in steps))
-        shifted = (
-            step._replace(parameters=range(step.parameters.start - first, step.parameters.stop - first))
-            for step in steps
-        )
+        first, past = steps[0].parameters.start, steps[-1].parameters.stop
+        if first > 0:
+            steps = tuple(
+                Step(kind, inputs, outputs, statistics, range(places.start - first, places.stop - first))
+                for kind, inputs, outputs, statistics, places in steps
+            )
         # What it goes on with comes first, as the input that a program begins with does.
         before = program.inputs[:1] if start == 0 else (program.steps[start - 1].outputs[0],)
         read = {name for step in steps for name in step.inputs}
         inputs = (*before, *(name for name in program.inputs if name in read and name not in before))
-        yield Program(inputs, tuple(shifted), program.boundaries), own
+        yield Program(inputs, steps, program.boundaries), range(first, past)
         start = end
 
 

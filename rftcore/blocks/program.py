@@ -66,7 +66,7 @@ class Step(NamedTuple):
 
 
 class Program(NamedTuple):
-    """The steps of a block. The last step's output is the block's.
+    """The steps of a block. The last step's output is the block's; their parameters follow one another.
 
     Attributes:
         boundaries: names of values with which one block inside ends and another begins.
@@ -79,10 +79,6 @@ class Program(NamedTuple):
     @property
     def output(self) -> str:
         return self.steps[-1].outputs[0]
-
-    @property
-    def parameter_count(self) -> int:
-        return max(step.parameters.stop for step in self.steps)
 
 
 class Plan(NamedTuple):
