@@ -99,7 +99,7 @@ def test_none_runs_no_product_again(sd15):
     assert stock_backward <= backward <= 1.002 * stock_backward
 
 
-@pytest.mark.parametrize("budget, extra", [(270, 0.08), (165, 0.16), (96, 0.26)])
+@pytest.mark.parametrize("budget, extra", [(270, 0.08), (165, 0.16), (96, 0.26), (61, 0.41), (55, 0.445)])
 def test_auto_keeps_to_its_budget_for_few_flops(sd15, budget, extra):
     model, mode = sd15
     rftcore.accelerate(model)
