@@ -246,5 +246,6 @@ def _largest_batch(planner: Planner, available: int, reserve: int) -> int:
     one, many = (simulation.forward(images).peak for images in (1, more))
     slope = (many - one) / (more - 1)
     sampled = (available - one + slope) / (slope + latents)
-    others = max(size - planner.fixed for part, size in planner.least(reserve).items() if part != "a sampling step")
+    replayed = min(simulation.step(1, planner.level(count)).peak for count in (0, planner.most)) if planner.steps else 0
+    others = max(reserve, simulation.trained_bytes + replayed)
     return max(0, math.floor(min(sampled, (available - others) / latents)))

@@ -122,7 +122,9 @@ def bytes_of(memory_budget: int | str) -> int:
 
 def text_of(count: int) -> str:
     """A number of bytes for people, such as "264 MiB" or "8.25 GiB", rounded up."""
-    unit = next(size for size in (2**30, 2**20, 2**10, 1) if count >= size or size == 1)
-    name = {2**30: "GiB", 2**20: "MiB", 2**10: "KiB", 1: "B"}[unit]
-    digits = 2 if unit == 2**30 else 0
+    unit, name = next((size, name) for size, name in _UNITS if count >= size or size == 1)
+    digits = 2 if name == "GiB" else int(unit > 1 and count < 10 * unit)
     return f"{math.ceil(count / unit * 10**digits) / 10**digits:.{digits}f} {name}"
+
+
+_UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "B"))

@@ -283,13 +283,13 @@ class Planner:
         return plan
 
     def least(self, reserve: int = 0) -> dict[str, int]:
-        """The least bytes of each part of the chain, of which the largest must fit the budget; within 1%."""
+        """Bytes that are enough for each part of the chain, within 5% of the least; the largest must fit the budget."""
         least = self._sampling(reserve)
         if self.steps:
             smallest, again = math.inf, self.simulation.step(1, self.level(0)).peak
             while again is not None and again < smallest:
                 smallest = again
-                again = self._one_image(int(0.99 * smallest))[1]
+                again = self._one_image(int(0.95 * smallest))[1]
             least["a replay of one image"] = self.fixed + self._gradients + smallest + self._sliced(1)
         return least
 

@@ -310,13 +310,15 @@ def _autocast(*modules: nn.Module) -> torch.dtype | None:
 def _twin(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
     """A copy of the model whose parameters and buffers have no data."""
     fakes: dict[int, Tensor] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        with mode:
-            fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-        if isinstance(tensor, nn.Parameter):
-            fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-        fakes[id(tensor)] = fake
-    twin = copy.deepcopy(model, fakes)
+    # A mode of the caller's may count what is made.
+    with _disable_current_modes():
+        for tensor in (*model.parameters(), *model.buffers()):
+            with mode:
+                fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+            if isinstance(tensor, nn.Parameter):
+                fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+            fakes[id(tensor)] = fake
+        twin = copy.deepcopy(model, fakes)
     if _is_prepared(twin):
         del twin.forward
     for module in twin.modules():
