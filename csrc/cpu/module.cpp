@@ -1,11 +1,13 @@
 // rftcore._cpu
 #include <pybind11/pybind11.h>
 
+#include "../common/attention_binding.h"
 #include "../common/geglu_binding.h"
 #include "../common/group_norm_silu_binding.h"
 #include "../common/layer_norm_binding.h"
 #include "../common/lora_linear_binding.h"
 #include "../common/sampler_step_binding.h"
+#include "attention.h"
 #include "geglu.h"
 #include "group_norm_silu.h"
 #include "layer_norm.h"
@@ -23,6 +25,7 @@ PYBIND11_MODULE(_cpu, module) {
     info["cuda"] = RFTCORE_CUDA_STATUS;
     return info;
   });
+  rftcore::attention::bind<int64_t>(module, rftcore::cpu::attention_forward, rftcore::cpu::attention_backward);
   rftcore::geglu::bind<int64_t>(module, rftcore::cpu::geglu_forward, rftcore::cpu::geglu_backward);
   rftcore::group_norm_silu::bind<int64_t>(module, rftcore::cpu::group_norm_silu_forward,
                                           rftcore::cpu::group_norm_silu_backward,

@@ -14,7 +14,7 @@ from rftcore.ops import attention, attention_backward, attention_forward
 from rftcore.ops.attention import _KERNELS
 from rftcore.ops.backends import OPS
 
-BACKENDS = ["flash", "math", "reference"]
+BACKENDS = ["cpu", "flash", "math", "reference"]
 # B, heads, N, M, d: self- and cross-attention, head dimensions of SD, odd and smallest sizes.
 SIZES = [
     (2, 2, 64, 64, 40),
@@ -49,7 +49,7 @@ def assert_exact(ours, exact):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_results_and_gradients_are_exact_in_fp64(backend, size):
     inputs = make_inputs(size)
-    assert OPS["attention"].choose("auto", *inputs) == "flash"
+    assert OPS["attention"].choose("auto", *inputs) == "cpu"
     grad = torch.randn(inputs[0].shape, dtype=torch.float64)
     for g in (grad, laid_out(grad, "sliced"), laid_out(grad, "transposed"), grad.flatten()[0].expand_as(grad)):
         if size[3] == 1:  # one key: the gradients of q and k are 0 but for rounding
@@ -89,17 +89,22 @@ def test_low_precision_is_as_good_as_pytorch(backend, dtype, keys):
     assert_as_good_as(value_and_gradients(stock, inputs, grad), ours, exact)
 
 
-def test_the_default_is_pytorchs_own_kernel_bit_for_bit():
+def test_flash_is_pytorchs_own_kernel_bit_for_bit():
     inputs = make_inputs((2, 2, 70, 77, 40), torch.float32)
     grad = torch.randn(2, 2, 70, 40)
-    ours, theirs = value_and_gradients(attention, inputs, grad), value_and_gradients(stock, inputs, grad)
+    ours, theirs = value_and_gradients(served("flash"), inputs, grad), value_and_gradients(stock, inputs, grad)
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    # Heads join again without a copy.
-    assert ours[0].transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "flash"])
+def test_heads_join_again_without_a_copy(backend):
+    inputs = make_inputs((2, 2, 70, 77, 40), torch.float32)
+    o, *grads = value_and_gradients(served(backend), inputs, torch.randn(2, 2, 70, 40))
+    assert all(t.transpose(1, 2).is_contiguous() for t in (o, *grads))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["flash", "math"])
+@pytest.mark.parametrize("backend", ["cpu", "flash", "math"])
 def test_inputs_output_and_log_sum_exp_are_saved_and_nothing_else(backend, dtype):
     batch, heads, queries, keys, d = size = (2, 2, 48, 77, 40)
     inputs = make_inputs(size, dtype)
@@ -123,7 +128,7 @@ def test_frozen_inputs_get_no_gradient(backend, needed):
     assert [i for i, t in enumerate(inputs) if t.grad is not None] == list(needed)
 
 
-@pytest.mark.parametrize("backend", ["flash", "math"])
+@pytest.mark.parametrize("backend", ["cpu", "flash", "math"])
 def test_primitives(backend):
     q, k, v = inputs = make_inputs((2, 2, 6, 9, 8))
     grad = torch.randn(2, 2, 6, 8, dtype=torch.float64)
@@ -162,7 +167,7 @@ def test_a_saved_graph_is_used_twice():
     assert all(torch.equal(a, b) for a, b in zip(first, torch.autograd.grad(o.sum(), inputs), strict=True))
 
 
-@pytest.mark.parametrize("backend", ["flash", "math"])
+@pytest.mark.parametrize("backend", ["cpu", "flash", "math"])
 def test_a_second_derivative_is_an_error_in_words(backend):
     inputs = make_inputs((1, 2, 5, 7, 8))
     grad, *_ = torch.autograd.grad(attention(*inputs, backend=backend).square().sum(), inputs, create_graph=True)
@@ -188,8 +193,10 @@ def test_switched_off_kernels_do_not_serve():
     inputs = make_inputs((1, 2, 5, 7, 8))
     with sdpa_kernel(SDPBackend.MATH):
         assert OPS["attention"].choose("auto", *inputs) == "math"
-        with pytest.raises(RuntimeError, match="'flash' cannot serve.*switched off by torch.nn.attention.sdpa_kernel"):
-            attention(*inputs, backend="flash")
+        for backend in ("cpu", "flash"):
+            refusal = f"'{backend}' cannot serve.*switched off by torch.nn.attention.sdpa_kernel"
+            with pytest.raises(RuntimeError, match=refusal):
+                attention(*inputs, backend=backend)
         o = attention(*inputs)
     with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
         torch.autograd.grad(o.sum(), inputs)  # the forward's backend, whatever is enabled now

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.backends import cuda as switches
 
-from rftcore.ops import backends, compiled, fused_attention
+from rftcore.ops import backends, compiled, cpu_attention, fused_attention
 
 aten = torch.ops.aten
 
@@ -24,9 +24,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, *, ba
         q: (B, heads, N, d), fp64, fp32, bf16 or fp16, any strides, such as a (B, N, heads * d) tensor's view.
         k, v: (B, heads, M, d), of q's dtype.
         scale: None: 1 / sqrt(d).
-        backend: "auto", "flash", "cudnn", "efficient", "math", "triton" or "reference".
-            `torch.nn.attention.sdpa_kernel` switches PyTorch's off, for the forward; the backward is that of the
-            forward's backend. "reference" keeps probabilities.
+        backend: "auto", "cpu", "flash", "cudnn", "efficient", "math", "triton" or "reference".
+            `torch.nn.attention.sdpa_kernel` switches PyTorch's off, and "cpu" with "flash", for the forward; the
+            backward is that of the forward's backend. "reference" keeps probabilities.
 
     Shapes: (B, heads, N, d).
     Raises: ValueError for inputs that do not fit; RuntimeError where `backend` cannot serve them.
@@ -215,6 +215,7 @@ def _efficient_backward(grad_o, q, k, v, o, lse, scale, needs):
 
 
 _KERNELS = {
+    "cpu": _Kernel(cpu_attention.forward, cpu_attention.backward),
     "flash": _Kernel(_flash_forward, _flash_backward),
     "cudnn": _Kernel(_cudnn_forward, _cudnn_backward),
     "efficient": _Kernel(_efficient_forward, _efficient_backward),
@@ -258,10 +259,15 @@ def _fused_reasons(kernel: str, devices: tuple[str, ...], can_use: Callable[...,
     return not_supported_reasons
 
 
+def _heuristic(q, k, v):
+    return (cpu_attention if q.device.type == "cpu" else fused_attention).heuristic(q, k, v)
+
+
 OP = backends.register(
     backends.Op(
         "attention",
         {
+            "cpu": lambda q, k, v: _switched_off("flash") + cpu_attention.reasons(q, k, v),
             "flash": _fused_reasons("flash", ("cpu", "cuda"), switches.can_use_flash_attention),
             "cudnn": _fused_reasons("cudnn", ("cuda",), switches.can_use_cudnn_attention),
             "efficient": _fused_reasons("mem_efficient", ("cuda",), switches.can_use_efficient_attention),
@@ -271,7 +277,7 @@ OP = backends.register(
         },
         lambda device, dtype: tuple(torch.empty(2, 8, n, 40, device=device, dtype=dtype) for n in (4096, 77, 77)),
         fused_attention.key,
-        fused_attention.heuristic,
+        _heuristic,
     )
 )
 
