@@ -26,11 +26,11 @@ def reasons(q: Tensor, k: Tensor, v: Tensor) -> list[str]:
 
 
 def heuristic(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """The backend that serves CPU tensors faster: None: this one.
+    """The backend that serves CPU tensors faster; None: this one.
 
-    Against PyTorch's kernel on one Zen 4 core, 2 x 8 heads, fp32, this one is 1.5 (head dimension 16), 1.35 (32, 40) and
-    1.2 (64) times as fast forward with 1024 to 4096 keys, 1.9, 1.5 and 1.4 times backward; with 77 keys 2.5, 2 and 1.7
-    forward, 1.5 (16) and 1.3 backward. In bf16 and fp16 more. With registers of AVX2 1.15 to 2.
+    Against PyTorch's kernel on one Zen 4 core, 2 x 8 heads, fp32: with 1024 to 4096 keys 1.5 (head dimension 16), 1.3
+    (32, 40) and 1.2 (64) times as fast forward and 2, 1.5 and 1.4 backward; with 77 keys 2.5 (16), 1.95 (32) and 1.8
+    (40) forward, 1.5, 1.3 and 1.3 backward. In bf16 and fp16 1.2 or more, with AVX2's registers 1.15 or more.
     """
     vectors = _SIMD in ("avx2", "avx512f")  # 0.25 to 0.7 times as fast with smaller ones
     enough = q.shape[2] >= 16  # 0.35 times as fast with one query: a vector is of queries
