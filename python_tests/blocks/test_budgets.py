@@ -6,7 +6,7 @@ import torch
 import rftcore
 from benchmarks import shapes
 from benchmarks.counts import Counts
-from benchmarks.memory import saved_bytes
+from benchmarks.memory import PeakBytes, saved_bytes
 
 MIB = 2**20
 
@@ -138,3 +138,16 @@ def test_sd15_launches(sd15):
     _, forward, output = of_unet("sd15", *sd15)
     backward = backward_of(*sd15, output)
     assert forward.calls + backward.calls < 1300
+
+
+@pytest.mark.parametrize(("level", "peak"), [("none", 500), ("ff", 344), ("qkv", 252), ("block", 147)])
+def test_sd15_backward_peaks_at(sd15, level, peak):
+    """A stage that is one program holds no more at a time than its layers one by one."""
+    model, mode = sd15
+    rftcore.accelerate(model, level)
+    args, kwargs = shapes.unet_inputs("sd15", mode)
+    model.zero_grad()
+    with mode, PeakBytes() as counted:
+        model(*args, **kwargs).sample.sum().backward()
+    model.zero_grad()
+    assert counted.peak / MIB <= peak
