@@ -38,7 +38,7 @@ class Prediction:
         decoder_level: what the decoder makes again.
         flops: of the step, decoding included and the reward not.
         largest_batch: that fits, where every step is replayed one image at a time.
-        largest_k: how many steps of this batch can be stored.
+        largest_k: how many steps of this batch can be stored, where that is fewer FLOPs than replaying some or not.
     """
 
     size: int
@@ -239,13 +239,14 @@ def _too_small(options: PlanOptions, planner: Planner, held: dict[str, int], res
 
 def _largest_batch(planner: Planner, available: int, reserve: int) -> int:
     """How many images fit where each step is replayed, one image at a time."""
-    simulation = planner.simulation
-    latents = planner.fixed / planner.batch
-    # A step's bytes are a line in the number of images.
-    more = max(2, planner.batch)
+    simulation, batch, made = planner.simulation, planner.batch, planner.constants
+    fixed, trained = planner.fixed / batch, simulation.trained_bytes if planner.steps else 0
+    # Each part's bytes are a line in the number of images.
+    more = max(2, batch)
     one, many = (simulation.forward(images).peak for images in (1, more))
     slope = (many - one) / (more - 1)
-    sampled = (available - one + slope) / (slope + latents)
-    replayed = min(simulation.step(1, planner.level(count)).peak for count in (0, planner.most)) if planner.steps else 0
-    others = max(reserve, simulation.trained_bytes + replayed)
-    return max(0, math.floor(min(sampled, (available - others) / latents)))
+    lines = [(one - slope, slope + fixed), (reserve, fixed), (trained, (made.sums + made.peak) / batch + fixed)]
+    if planner.steps:
+        replay = min(simulation.step(1, planner.level(count)).peak for count in (0, planner.most))
+        lines.append((trained + replay + made.kept / batch, (made.sums + made.wanted) / batch + fixed))
+    return max(0, math.floor(min((available - constant) / growth for constant, growth in lines)))

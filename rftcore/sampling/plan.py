@@ -215,6 +215,11 @@ class Planner:
         simulation: of the UNet.
         batch, modes: as in `make_plan`.
 
+    Attributes:
+        steps: that have a gradient of the UNet.
+        fixed: bytes of states, outputs and of what is made once.
+        constants: what is made once.
+
     Raises:
         Unpredictable: as the simulation does.
     """
@@ -228,10 +233,10 @@ class Planner:
         # States and their stack, the noise and the guided output of a step, and the outputs of those with a gradient.
         outputs = sum(mode != "none" for mode in modes)
         self.fixed = (2 * len(modes) + 6) * simulation.latent_bytes(batch) + outputs * simulation.output_bytes(batch)
-        self._constants = simulation.constants(batch, len(modes))
-        self.fixed += self._constants.kept
+        self.constants = simulation.constants(batch, len(modes))
+        self.fixed += self.constants.kept
         # Of the sums of gradients.
-        self._gradients = simulation.trained_bytes + self._constants.sums
+        self._gradients = simulation.trained_bytes + self.constants.sums
         self._simulated: dict[int, Step] = {}
 
     def level(self, count: int) -> Level:
@@ -304,8 +309,8 @@ class Planner:
             "a sampling step": self.fixed + self.simulation.forward(self.batch).peak,
             "decoding and the reward": self.fixed + reserve,
         }
-        if self._constants.kept:
-            least["what is made once of text and times"] = self.fixed + self._gradients + self._constants.peak
+        if self.constants.kept:
+            least["what is made once of text and times"] = self.fixed + self._gradients + self.constants.peak
         return least
 
     def _replay(self, budget: int, reserve: int) -> _Replay:
@@ -332,7 +337,7 @@ class Planner:
     def _sliced(self, images: int) -> int:
         """Bytes of these images' rows of what is made once, and of the gradients of all of its rows."""
         whole = images == self.batch
-        return 0 if whole else self._constants.kept * images // self.batch + self._constants.wanted
+        return 0 if whole else self.constants.kept * images // self.batch + self.constants.wanted
 
     def _one_image(self, room: int) -> tuple[int, int | None]:
         """The fewest items that must be made again for a replay of one image to fit, and its peak, None: it cannot."""
