@@ -21,7 +21,7 @@ class Op:
     Attributes:
         example: `example(device, dtype)` gives representative inputs for `rftcore info`.
         key: `key(*inputs)`: what the tables of measurements tell inputs apart by; None: nothing is measured.
-        heuristic: `heuristic(*inputs)`: the backend to try first on a GPU; None: the order decides.
+        heuristic: `heuristic(*inputs)`: the backend to try first; None: the order decides.
     """
 
     name: str
@@ -58,9 +58,7 @@ class Op:
         on_gpu = inputs[0].device.type == "cuda"
         # On a CPU it is Triton's interpreter, for those who ask for it.
         names = tuple(name for name in self.not_supported_reasons if name != "triton" or on_gpu)
-        if not on_gpu:
-            return names
-        won = self.winner(*inputs)
+        won = self.winner(*inputs) if on_gpu else None
         first = won.backend if won is not None else self.heuristic(*inputs) if self.heuristic is not None else None
         return (first, *names) if first in names else names
 
