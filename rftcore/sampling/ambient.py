@@ -59,6 +59,12 @@ class RandomState:
         finally:
             before._install()
 
+    def drawn_from(self) -> bool:
+        """Whether numbers were drawn since."""
+        now = RandomState.capture(self.device)
+        same = self.accelerator is None or torch.equal(self.accelerator, now.accelerator)
+        return not (same and torch.equal(self.cpu, now.cpu))
+
     def _install(self) -> None:
         torch.set_rng_state(self.cpu)
         if self.accelerator is not None:

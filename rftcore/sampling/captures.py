@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Mapping
 
 import torch
@@ -34,7 +35,7 @@ class Captures:
     ) -> None:
         self.reason: str | None = "no chain has run yet"
         self._denoiser, self._enabled, self._device_type = denoiser, enabled, device_type
-        self._graphs = Graphs(lambda: make_recorder(denoiser.device))
+        self._graphs = Graphs(functools.partial(_recorder_for, denoiser, make_recorder))
 
     @property
     def bytes(self) -> int:
@@ -66,3 +67,8 @@ class Captures:
         if found := reasons(module, differentiates, self._device_type):
             return Run(None, "; ".join(found))
         return self._graphs.begin(capture_key(module, [latents, *conditioning.values()], given))
+
+
+def _recorder_for(denoiser: Denoiser, make_recorder: Callable[[torch.device], Recorder]) -> Recorder:
+    # Of the device that the UNet is on by then; a function of the module, which pickles.
+    return make_recorder(denoiser.device)

@@ -134,6 +134,11 @@ class Evaluations:
             lambda: (*self._conditioning_wanted, *(tensor.requires_grad for tensor in self._inputs.constants())),
         )
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing of it is captured."""
+        return self._run.plain
+
     def output(self, step: int, x: Tensor) -> Tensor:
         """The UNet's output (N, C, h, w) at the state x (B, C, h, w), without a graph."""
         row, x = self._row(step), self._static("x", x)
@@ -142,8 +147,16 @@ class Evaluations:
 
     def differentiable_output(self, step: int, x: Tensor, x_needed: bool) -> Tensor:
         """The same, for `backward`: with a graph that is kept, or to be replayed, as the plan says."""
-        if self._run.plain:
-            self._random[step] = RandomState.capture(x.device)
+        if not self._run.plain:
+            # What draws random numbers is not captured.
+            return self._evaluate_by_plan(step, x, x_needed)
+        before = RandomState.capture(x.device)
+        output = self._evaluate_by_plan(step, x, x_needed)
+        if before.drawn_from():
+            self._random[step] = before
+        return output
+
+    def _evaluate_by_plan(self, step: int, x: Tensor, x_needed: bool) -> Tensor:
         stored = self.plan.stored[step]
         if stored is None:
             return self.output(step, x)
@@ -164,8 +177,10 @@ class Evaluations:
         row, x = self._row(step), self._static("x", x)
         # Not what a segment returned: of several that take turns, each would have to be captured again.
         grad_x = self._run.keep("grad_x", lambda: torch.empty_like(x)) if x_needed else None
-        for first in range(0, self._batch, self.plan.replay_batch):
-            images = slice(first, min(first + self.plan.replay_batch, self._batch))
+        # Of fewer images dropout would draw other masks than it drew of all.
+        together = self._batch if step in self._random else self.plan.replay_batch
+        for first in range(0, self._batch, together):
+            images = slice(first, min(first + together, self._batch))
 
             def work(images=images) -> None:
                 replayed = self._with_graph(row, x, x_needed, self.plan.replay_level, images)
@@ -181,8 +196,14 @@ class Evaluations:
         """Before the first `backward`, in a chain's second backward pass, too: everything is replayed in that one.
 
         Raises:
-            RuntimeError: where the UNet was accelerated otherwise, or restored, since `begin`.
+            RuntimeError: where the UNet was accelerated otherwise, or restored, since `begin`, or lost a parameter.
         """
+        there = set(map(id, self.denoiser.module.parameters()))
+        if lost := [name for name, parameter in self.parameters.items() if id(parameter) not in there]:
+            raise RuntimeError(
+                f"{lost[0]!r} and {len(lost) - 1} more trainable parameters were taken out of the UNet between the "
+                "sampling and its backward pass; call backward() first."
+            )
         if self._servings and list(map(id, self._servings)) != list(map(id, servings(self.denoiser.model))):
             raise RuntimeError(
                 "rftcore.accelerate or rftcore.restore was called on the UNet between the sampling and its backward "
@@ -253,7 +274,13 @@ class Evaluations:
         given = self._inputs._replace(text={}, time={})
         leaves = self._leaves(given, self._conditioning_wanted)
         with torch.enable_grad(), self._ambient.restored():
-            made = self._with_constants(leaves).constants()
+            again = self._with_constants(leaves) if self._has_constants() else given
+        if (again.text.keys(), again.time.keys()) != (self._inputs.text.keys(), self._inputs.time.keys()):
+            raise RuntimeError(
+                "hooks, adapters or gradient checkpointing were put on or taken off the UNet between the sampling and "
+                "its backward pass, which would replay another model; call backward() first."
+            )
+        made = again.constants()
         first = len(self._conditioning)
         sums = self._sums.result()[first : first + len(made)]
         found = gradients(made, sums, [*leaves.inputs.tensors(), *leaves.trained])

@@ -14,15 +14,18 @@ MARGIN_SHARE = 0.05
 MARGIN_BYTES = 256 * 2**20
 
 
-def free_memory(device: torch.device) -> int:
+def free_memory(device: torch.device, of_all_ranks: bool = True) -> int:
     """Bytes that may be allocated on `device` now, less a margin of 5% and 256 MiB; of all ranks the least.
 
     CUDA: what the driver has free and what PyTorch has reserved and does not use. Elsewhere: the machine's available
     memory, or less where a control group limits it.
+
+    Args:
+        of_all_ranks: False asks this process alone. Otherwise all have to ask together, or they wait for ever.
     """
     free = _of_cuda(device) if device.type == "cuda" else _of_host()
     free = max(0, int(free * (1 - MARGIN_SHARE)) - MARGIN_BYTES)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if of_all_ranks and torch.distributed.is_available() and torch.distributed.is_initialized():
         # One process with another plan than the others' would make them wait.
         least = torch.tensor(free, dtype=torch.int64, device=device)
         torch.distributed.all_reduce(least, torch.distributed.ReduceOp.MIN)

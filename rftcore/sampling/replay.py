@@ -55,8 +55,9 @@ def check_reached(gradients: Sequence[Tensor | None], parameters: Mapping[str, n
     if parameters and all(gradient is None for gradient in gradients):
         raise RuntimeError(
             f"the gradient reached none of the {len(parameters)} trainable parameters, {next(iter(parameters))!r} among "
-            "them: the UNet ran without its adapters (merged, fused, disabled, or another one active), or what is "
-            "trainable is not used. Unmerge and enable the adapter that is to be trained."
+            "them: the UNet ran without its adapters (merged, fused, disabled, or another one active), what is "
+            "trainable is not used, or it was switched off since (PEFT's switches take requires_grad away). Unmerge "
+            "and enable the adapter that is to be trained, until after backward()."
         )
 
 

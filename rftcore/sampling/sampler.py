@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -65,7 +66,8 @@ class CheckpointedSampler:
         memory_budget: what the chain may take beyond what is allocated already: bytes, or a text such as "8GiB"; of it
             nothing is set aside for decoding and the reward. None: what is free on the device, less what `reserve`
             says; the least of all ranks' where there are several.
-        reserve: bytes, or a text, that memory_budget=None leaves to decoding and the reward.
+        reserve: bytes, or a text, that memory_budget=None leaves to decoding and the reward; None: 2 GiB, or half of
+            what is free where that is less.
         plan: which steps keep what, instead of planning: `sampler.plan` of an earlier run.
         capture: whether graphs may be captured.
 
@@ -86,12 +88,12 @@ class CheckpointedSampler:
         final_step: str = "scheduler",
         cross_attention_kwargs: Mapping[str, Any] | None = None,
         memory_budget: int | str | None = None,
-        reserve: int | str = "2GiB",
+        reserve: int | str | None = None,
         plan: Plan | None = None,
         capture: bool = True,
     ) -> None:
-        if not math.isfinite(guidance_scale):
-            raise ValueError(f"guidance_scale={guidance_scale} must be a finite number; 1.0 means no guidance.")
+        if not isinstance(guidance_scale, numbers.Real) or not math.isfinite(guidance_scale):
+            raise ValueError(f"guidance_scale={guidance_scale!r} must be a finite number; 1.0 means no guidance.")
         self.denoiser = Denoiser(unet, cross_attention_kwargs)
         self.guided = guidance_scale != 1.0
         if self.guided and not self.denoiser.conditional:
