@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rftcore.ops import autocast, backends, compiled, jit
+from rftcore.ops import autocast, backends, compiled, held, jit
 from rftcore.ops.measured import Winner, bucket
 from rftcore.ops.projections import Adapter, Norm, Projection, flatten, restore, scales_of
 
@@ -87,9 +87,12 @@ def _prepared(op: str, x, projections, norm, lower) -> _Call:
     def ready(tensor):
         return None if tensor is None else tensor.to(autocast.lowered(tensor, lower)).contiguous()
 
+    def kept(tensor):
+        return held.made_of([tensor], autocast.lowered(tensor, lower), lambda: ready(tensor))
+
     own = [
         Projection(
-            ready(p.weight), ready(p.bias), tuple(Adapter(ready(a), ready(b), scale) for a, b, scale in p.adapters)
+            ready(p.weight), ready(p.bias), tuple(Adapter(kept(a), kept(b), scale) for a, b, scale in p.adapters)
         )
         for p in projections
     ]

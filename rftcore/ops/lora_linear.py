@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils import flop_counter
 
-from rftcore.ops import autocast, backends, compiled, fused_linears
+from rftcore.ops import autocast, backends, compiled, fused_linears, held
 from rftcore.ops.projections import Adapter, Norm, Projection, flatten, restore, scales_of
 
 
@@ -302,9 +302,13 @@ def _stacks(adapters: Sequence[Adapter], lower: torch.dtype | None) -> list[_Sta
         places.setdefault(autocast.lowered(adapter.a, lower), []).append(i)
     stacks = []
     for dtype, own in places.items():
-        parts = [adapters[i].a.to(dtype) for i in own]
-        stacks.append(_Stack(own, [len(a) for a in parts], parts[0] if len(parts) == 1 else torch.cat(parts)))
+        parts = [adapters[i].a for i in own]
+        stacks.append(_Stack(own, [len(a) for a in parts], held.made_of(parts, dtype, lambda: _joined(parts, dtype))))
     return stacks
+
+
+def _joined(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    return parts[0].to(dtype) if len(parts) == 1 else torch.cat([part.to(dtype) for part in parts])
 
 
 def _inputs(n: Tensor, stacks: Sequence[_Stack]) -> dict[torch.dtype, Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from rftcore.ops.held import held
 from rftcore.ops.sampler_step import sampler_step
 from rftcore.sampling.evaluations import Evaluations
 from rftcore.sampling.gradient_path import GradientPath
@@ -46,6 +48,10 @@ class Chain:
             self._module_state = ModuleState.capture(self.evaluations.denoiser.module)
             self._first = next(step for step, mode in enumerate(self._modes) if mode != "none")
             self._start_needed = leaves[0].requires_grad and self.path.reaches_start
+        with self._adapters_held():
+            return self._forward(x)
+
+    def _forward(self, x: Tensor) -> tuple[tuple[Tensor], tuple[Tensor, Tensor], tuple[Tensor, ...]]:
         states, log_probs, outputs, history = [x], [], [], [x]
         with self._explained("what is made once"):
             self.evaluations.begin()
@@ -77,7 +83,7 @@ class Chain:
         states, outputs, (grad,) = saved[0], list(saved[1:]), grads
         if grad is None:
             return [None] * len(leaves)
-        with self._module_state.restored():
+        with self._module_state.restored(), self._adapters_held():
             self.evaluations.begin_backward()
             for step in reversed(range(self._first, len(self._modes))):
                 with self._explained(f"the backward of step {step + 1} of {len(self._modes)}"):
@@ -106,6 +112,10 @@ class Chain:
 
     def _model_input_needed(self, step: int) -> bool:
         return self._modes[step] == "full" and self._input_needed(step)
+
+    def _adapters_held(self):
+        # Captured work makes its own: a graph would read what is gone by its next launch.
+        return held() if self.evaluations.is_plain else contextlib.nullcontext()
 
     def _explained(self, where: str):
         return explained(where, self.evaluations.plan, self.evaluations.release)
