@@ -247,6 +247,7 @@ def _largest_batch(planner: Planner, available: int, reserve: int) -> int:
     slope = (many - one) / (more - 1)
     lines = [(one - slope, slope + fixed), (reserve, fixed), (trained, (made.sums + made.peak) / batch + fixed)]
     if planner.steps:
-        replay = min(simulation.step(1, planner.level(count)).peak for count in (0, planner.most))
+        # Of one image, as a share of the whole batch's.
+        replay = min(planner.step(count).peak for count in (0, planner.most)) / batch
         lines.append((trained + replay + made.kept / batch, (made.sums + made.wanted) / batch + fixed))
     return max(0, math.floor(min((available - constant) / growth for constant, growth in lines)))
