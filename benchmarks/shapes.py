@@ -24,7 +24,9 @@ def unet(name: str, lora_dtype: torch.dtype | None, rank: int = 4) -> tuple[UNet
 
 def autoencoder() -> tuple[AutoencoderKL, FakeTensorMode]:
     """The frozen bf16 autoencoder of SD and SDXL, of fake tensors, and the mode to run it in."""
-    return published.autoencoder()
+    model, mode = published.autoencoder()
+    # As it is trained through, where stock keeps what its dropouts make.
+    return model.train(), mode
 
 
 def unet_inputs(name: str, mode: FakeTensorMode, batch: int = 1) -> tuple[tuple, dict]:

@@ -47,8 +47,11 @@ class Budget:
         """With the model; a block that outlived its model has none to share a budget with."""
         return (type(None), ()) if self._model() is None else (Budget, (self._model(), self._bytes))
 
-    def drop(self, name: str, program: Program, parameters, x: Tensor, lower: torch.dtype | None):
+    def drop(self, name: str, program: Program, parameters, x: Tensor, lower: torch.dtype | None, given: bool = False):
         """The values that the layer of this name makes again; None for a layer that is not known.
+
+        Args:
+            given: whether the model is given what `once` makes.
 
         Raises:
             ValueError: where the least that the model can keep is more than the budget.
@@ -63,7 +66,7 @@ class Budget:
         batch, _, height, width = x.shape
         # The size at the model's input, as far as it can be told from here: an odd one was rounded up on the way.
         size = (batch, *(round(pixels * 2.0 ** self._scales[name]) for pixels in (height, width)))
-        key = (*size, x.dtype if lower is None else lowered(x, lower), lower)
+        key = (*size, x.dtype if lower is None else lowered(x, lower), lower, given)
         choice = self._choices.get(key, {}).get(name)
         if choice is None or choice[:2] != (program, wants):
             # Adapters have come or gone, or what is trained has changed.
@@ -78,19 +81,25 @@ class Budget:
             self._choices[key] = {**planned, **odd, name: choice}
         return choice.drop
 
-    def _choose(self, batch, height, width, dtype, lower) -> dict[str, Choice]:
+    def _choose(self, batch, height, width, dtype, lower, given) -> dict[str, Choice]:
         # Not for the eyes of a mode that counts or changes what the model does.
         with _disable_current_modes():
-            found = list(costs.priced(self._model(), batch, height, width, dtype, lower))
+            found = list(costs.priced(self._model(), batch, height, width, dtype, lower, given=given))
         excess = sum(cost.kept for _, cost in found) - self._bytes
         least = -excess
         drops: dict[str, set[str]] = {layer.name: set() for layer, _ in found}
-        items = [(item, layer.name) for layer, cost in found for item in cost.items]
+        items, taken = [(item, layer.name) for layer, cost in found for item in cost.items], []
         for item, name in sorted(items, key=lambda pair: pair[0].price):
             least += item.bytes
             if excess > 0:
                 drops[name].update(item.names)
+                taken.append((item, name))
                 excess -= item.bytes
+        # The last one frees more than is needed: of what went before it, the dearest that fits in is kept after all.
+        for item, name in sorted(taken, key=lambda pair: -pair[0].price * pair[0].bytes):
+            if item.bytes <= -excess:
+                drops[name].difference_update(item.names)
+                excess += item.bytes
         if least < 0:
             raise ValueError(
                 f"memory_budget={self._bytes / 2**20:.0f} MiB cannot be kept for an input of {batch} x {height} x "

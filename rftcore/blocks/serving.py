@@ -22,7 +22,7 @@ from rftcore.ops.compiled import DTYPES
 class Chooser(Protocol):
     """What divides a budget among layers: `budget.Budget`."""
 
-    def drop(self, name: str, program: Program, parameters, x: Tensor, lower) -> frozenset[str] | None: ...
+    def drop(self, name: str, program: Program, parameters, x: Tensor, lower, given: bool) -> frozenset[str] | None: ...
 
 
 @dataclasses.dataclass
@@ -123,7 +123,7 @@ class Place:
         if recompute != "auto":
             return levels.drop(program, recompute)
         lower = autocast.active(inputs[0].device)
-        chosen = budget and budget.drop(self.name, program, parameters, inputs[0], lower)
+        chosen = budget and budget.drop(self.name, program, parameters, inputs[0], lower, bool(self.serving.given))
         # A block that the budget does not know of keeps the least there is.
         return levels.drop(program, "block") if chosen is None else chosen
 
