@@ -4,7 +4,9 @@
 #
 #   bash benchmarks/gpu.sh [--out FOLDER] [--part "build tests sanitizer ops models"] [--seconds N]
 #
-# tune, a further part, times every tile size and writes the table of winners; give it a run of its own.
+# Two further parts, each to be given a run of its own: tune times every tile size and writes the table of winners;
+# chain times whole training steps. Its plans take minutes of a CPU and no GPU: where FOLDER/plans.json has them, as
+# `python -m benchmarks.gpu_chain --plans FOLDER/plans.json --only-plans` makes it on any machine, it does not.
 set -u -o pipefail
 cd "$(dirname "$0")/.."
 
@@ -85,7 +87,12 @@ fi
 if wanted tune; then
   step tune 530 python3 -m benchmarks.tune --seconds "$(left 480)" --out "$out"
 fi
-for part in ops models tune; do
+if wanted chain; then
+  # Half a minute for the case that is under way.
+  step chain 530 python3 -m benchmarks.gpu_chain --plans "$out/plans.json" --seconds "$(left 480)"
+  if [ benchmarks/results/gpu_chain.json -nt "$out/info.txt" ]; then cp benchmarks/results/gpu_chain.json "$out/"; fi
+fi
+for part in ops models tune chain; do
   if wanted $part; then grep "^|\|^copy" "$out/$part.log"; fi
 done
 [ -z "$failed" ] || { echo "failed:$failed"; exit 1; }
