@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from diffusers import DDIMScheduler
 from models import UNETS
 from peft import LoraConfig, inject_adapter_in_model
@@ -185,3 +186,58 @@ def test_only_the_first_plan_waits_for_the_other_ranks(monkeypatch, make_unet, c
         sampler(**conditioning("sd1", batch))
         assert sampler.plan.budget == 2**30
     assert asked == [False, False, True, False]
+
+
+def rollout(unet, given, batch, **options):
+    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    guidance = 2.0 if given else 1.0
+    sampler = rftcore.CheckpointedSampler(
+        unet, scheduler, num_inference_steps=8, guidance_scale=guidance, eta=1.0, **options
+    )
+    with torch.no_grad():
+        return sampler, sampler(**given, batch_size=batch, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["sd1", "sdxl", "unconditional"])
+def test_a_step_that_is_scored_again_is_the_sampled_one_bit_for_bit(kind, dtype, make_unet, conditioning):
+    """Made once of 8 times, an embedding rounds otherwise than made of one: both ways have to make it of 8."""
+    unet = rftcore.accelerate(make_unet(kind, dtype))
+    for batch in (1, 3):
+        sampler, trajectory = rollout(unet, conditioning(kind, batch, dtype), batch)
+        for steps in (torch.arange(8), torch.stack([torch.randperm(8) for _ in range(batch)])):
+            log_probs, _ = sampler.log_prob(trajectory, steps)
+            assert torch.equal(log_probs, trajectory.log_probs.gather(1, steps.expand(batch, -1)))
+    path = rftcore.GradientPath(("full",) * 5, stop=5)
+    sampler, trajectory = rollout(unet, conditioning(kind, 2, dtype), 2, gradient_path=path)
+    assert torch.equal(sampler.log_prob(trajectory, range(5))[0], trajectory.log_probs)
+
+
+@pytest.mark.parametrize("steps", [[2], [[0, 7, 3], [4, 4, 1]]], ids=["one", "each sample's own"])
+def test_gradients_of_steps_that_are_scored_again(steps, make_unet, conditioning):
+    unet, given = make_unet("sdxl"), conditioning("sdxl")
+    for name, parameter in unet.named_parameters():
+        if "time_emb_proj" in name or "add_embedding" in name:
+            parameter.requires_grad_()
+    sampler, trajectory = rollout(unet, given, 2)
+    found = []
+    for accelerated in (False, True):
+        if accelerated:
+            rftcore.accelerate(unet)
+        log_probs, _ = sampler.log_prob(trajectory, torch.tensor(steps))
+        weights = torch.linspace(1, 2, log_probs.numel(), dtype=log_probs.dtype).view_as(log_probs)
+        found.append(torch.autograd.grad((log_probs * weights).sum(), trained(unet)))
+    for ours, theirs in zip(*reversed(found), strict=True):
+        assert (ours - theirs).norm() <= 1e-11 * theirs.norm() + 1e-13
+
+
+def test_a_chain_inside_a_checkpoint_is_planned_without_its_hooks(make_unet, conditioning):
+    """They would save the plan's tensors without data, and run the chain again in the middle of planning it."""
+    unet, given = rftcore.accelerate(make_unet()), conditioning("sd1", BATCH)
+    expected = torch.autograd.grad(loss_of(sampler_of(unet), given), trained(unet))
+    noise = torch.linspace(-1, 1, BATCH * 256).double().reshape(BATCH, 4, 8, 8).requires_grad_()
+    sampler = sampler_of(unet)
+    chain = lambda noise: sampler(**given, latents=noise).latents.square().sum()  # noqa: E731
+    torch.utils.checkpoint.checkpoint(chain, noise, use_reentrant=False).backward()
+    for parameter, grad in zip(trained(unet), expected, strict=True):
+        assert (parameter.grad - grad).norm() <= 1e-11 * grad.norm() + 1e-14

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Hashable, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rftcore.blocks import once, recompute
 from rftcore.blocks.serving import servings
 from rftcore.sampling.ambient import Ambient, RandomState
+from rftcore.sampling.constants import has_constants, make_constants
 from rftcore.sampling.denoiser import Denoiser
 from rftcore.sampling.graphs import Run
 from rftcore.sampling.plan import Plan
@@ -122,7 +123,7 @@ class Evaluations:
                 for static, made in zip(self._inputs.constants(), make().constants(), strict=True):
                     static.copy_(made)
 
-        if not self._has_constants():
+        if not has_constants(self.denoiser):
             self._inputs = given
         elif self._run.plain:
             self._inputs = make()
@@ -274,7 +275,7 @@ class Evaluations:
         given = self._inputs._replace(text={}, time={})
         leaves = self._leaves(given, self._conditioning_wanted)
         with torch.enable_grad(), self._ambient.restored():
-            again = self._with_constants(leaves) if self._has_constants() else given
+            again = self._with_constants(leaves) if has_constants(self.denoiser) else given
         if (again.text.keys(), again.time.keys()) != (self._inputs.text.keys(), self._inputs.time.keys()):
             raise RuntimeError(
                 "hooks, adapters or gradient checkpointing were put on or taken off the UNet between the sampling and "
@@ -286,22 +287,9 @@ class Evaluations:
         found = gradients(made, sums, [*leaves.inputs.tensors(), *leaves.trained])
         self._sums.add([*found[:first], *[None] * len(made), *found[first:]])
 
-    def _has_constants(self) -> bool:
-        """Whether the UNet can be given what does not depend on the state."""
-        return self._cross_attention.keys() <= {"scale"} and not once.reasons(self.denoiser.model)
-
-    @property
-    def _cross_attention(self) -> Mapping[str, Any]:
-        return self.denoiser.extra.get("cross_attention_kwargs", {})
-
     def _with_constants(self, leaves: Leaves) -> Inputs:
         """The inputs with what need not be made in each step."""
-        rest = dict(leaves.inputs.conditioning)
-        text = rest.pop("prompt_embeds", None)
-        dtype = self.denoiser.dtype
-        arguments = (self._timesteps, None if text is None else text.to(dtype), rest or None, self._cross_attention)
-        stand_ins = {f"module.{name}": tensor for name, tensor in leaves.stand_ins.items()}
-        values = torch.func.functional_call(_Once(self.denoiser.module), stand_ins, (*arguments, dtype))
+        values = make_constants(self.denoiser, self._timesteps, leaves.inputs.conditioning, leaves.stand_ins)
         return Inputs(leaves.inputs.conditioning, values.text, values.time)
 
     def _of_images(self, tensor: Tensor, images: slice) -> Tensor:
@@ -324,17 +312,6 @@ class Evaluations:
     def _fresh(self, tensor: Tensor) -> Tensor:
         """What a segment returned, for longer than until it runs again."""
         return tensor if self._run.plain else tensor.clone()
-
-
-class _Once(nn.Module):
-    """`once.compute` as a module's forward, for stand-ins to be swapped into that module."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, *arguments) -> once.Values:
-        return once.compute(self.module, *arguments)
 
 
 def _row(table: Tensor, step: int | Tensor) -> Tensor:

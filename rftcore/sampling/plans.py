@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
 from rftcore.blocks.budget import bytes_of, text_of
@@ -88,8 +89,8 @@ class Plans:
             budget = max(0, self._free(latents.device) - captured_bytes)
             reserve = min(_RESERVE, budget // 2) if self._reserve is None else self._reserve
         try:
-            # Not for the eyes of a mode that counts or changes what the chain does.
-            with _disable_current_modes():
+            # Not for the eyes of a mode, or of hooks, that count or change what the chain does.
+            with _disable_current_modes(), saved_tensors_hooks(torch.Tensor.detach, torch.Tensor.detach):
                 return make_plan(
                     self._denoiser,
                     conditioning,

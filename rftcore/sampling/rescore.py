@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from rftcore.blocks import once
 from rftcore.ops.sampler_step import sampler_step
 from rftcore.sampling.adapters import adapters_off
 from rftcore.sampling.ambient import Ambient, RandomState
+from rftcore.sampling.constants import has_constants, make_constants
 from rftcore.sampling.denoiser import Denoiser
 from rftcore.sampling.module_state import ModuleState
 from rftcore.sampling.replay import GradientSum, check_reached, gradients, replay_parameters
@@ -22,6 +25,7 @@ class Transition:
 
     Attributes:
         x, next_x: (B, C, h, w) the states before and after.
+        steps: (B,) the steps' places in the chain.
         t: (B,) timesteps.
         coefficients: (B, 9).
         input_scales: (B,) what x is multiplied by before the model sees it, None for nothing.
@@ -29,6 +33,7 @@ class Transition:
 
     x: Tensor
     next_x: Tensor
+    steps: Tensor
     t: Tensor
     coefficients: Tensor
     input_scales: Tensor | None = None
@@ -46,11 +51,14 @@ class Rescore:
     It gives the log-probabilities (B, S) and, with a reference, the divergences (B, S).
 
     Args:
+        timesteps: (T,) of the chain that took the steps: what it made once of them is made again of all, so that the
+            log-probabilities are its own, bit for bit.
         reference: None, or "exact" | "uniform": the divergence from the UNet with its adapters off.
     """
 
     denoiser: Denoiser
     transitions: Sequence[Transition]
+    timesteps: Tensor
     guided: bool
     names: Sequence[str]
     parameters: Mapping[str, nn.Parameter]
@@ -105,9 +113,10 @@ class Rescore:
         conditioning = dict(zip(self.names, leaves, strict=False))
 
         def evaluate() -> Tensor:
-            return self.denoiser(
-                transition.model_input, transition.t, conditioning, guided=self.guided, parameters=swapped
-            )
+            with self._constants_given(transition, conditioning, swapped):
+                return self.denoiser(
+                    transition.model_input, transition.t, conditioning, guided=self.guided, parameters=swapped
+                )
 
         # The adapted model comes first: a replay starts from its random state, and has the reference already.
         model_output = evaluate()
@@ -125,3 +134,12 @@ class Rescore:
             divergence=self.reference,
         )
         return (step.log_prob,) if self.reference is None else (step.log_prob, step.divergence), reference_output
+
+    def _constants_given(self, transition: Transition, conditioning: Mapping[str, Tensor], swapped):
+        if not has_constants(self.denoiser):
+            return contextlib.nullcontext()
+        made = make_constants(self.denoiser, self.timesteps, conditioning, swapped)
+        steps = torch.cat([transition.steps] * 2) if self.guided else transition.steps  # (N,)
+        rows = torch.arange(len(steps), device=steps.device)
+        time = {name: values[steps, rows if values.shape[1] > 1 else 0] for name, values in made.time.items()}
+        return once.given(self.denoiser.model, {**made.text, **time})

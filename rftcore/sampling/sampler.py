@@ -283,6 +283,7 @@ class CheckpointedSampler:
         rescore = Rescore(
             denoiser=self.denoiser,
             transitions=self._transitions(trajectory, indices),
+            timesteps=self._on(trajectory.states.device, trajectory.settings["steps_taken"], "latents").timesteps,
             guided=self.guided,
             names=list(joined),
             parameters=parameters,
@@ -420,21 +421,22 @@ class CheckpointedSampler:
     def _step_indices(self, trajectory: Trajectory, steps: Sequence[int] | Tensor) -> Tensor:
         """(B, S) on the CPU, checked."""
         indices = torch.as_tensor(steps).cpu()
+        if not indices.numel():
+            raise ValueError("steps is empty; name at least one step to re-score.")
         if indices.is_floating_point() or indices.dtype == torch.bool or indices.ndim not in (1, 2):
             raise ValueError(f"steps must be whole numbers (S,) or (B, S), got {indices.dtype} {tuple(indices.shape)}.")
         if indices.ndim == 1:
             indices = indices.expand(len(trajectory), -1)
         if indices.shape[0] != len(trajectory):
             raise ValueError(f"steps has {indices.shape[0]} rows for {len(trajectory)} samples; give (S,) or (B, S).")
-        if indices.shape[1] == 0:
-            raise ValueError("steps is empty; name at least one step to re-score.")
         taken, stochastic = trajectory.settings["steps_taken"], self._stochastic(trajectory)
         for step in sorted(set(indices.flatten().tolist())):
             if not 0 <= step < taken:
                 raise IndexError(f"steps holds {step}; the trajectory has steps 0 to {taken - 1}.")
             if not stochastic[step]:
                 possible = [index for index, noisy in enumerate(stochastic) if noisy]
-                advice = f"steps with noise are {_spans(possible)}" if possible else "sample with eta > 0"
+                advice = "sample with eta > 0" if self.table.eta is not None else "sample with DDIM and eta > 0"
+                advice = f"steps with noise are {_spans(possible)}" if possible else advice
                 raise ValueError(
                     f"steps holds {step}, which is deterministic (sigma = 0) and has no log-probability; {advice}."
                 )
@@ -449,6 +451,7 @@ class CheckpointedSampler:
             Transition(
                 x=trajectory.states[steps, samples],
                 next_x=trajectory.states[steps + 1, samples],
+                steps=steps,
                 t=table.timesteps[steps],
                 coefficients=table.coefficients[steps],
                 input_scales=None if table.input_scales is None else table.input_scales[steps],
