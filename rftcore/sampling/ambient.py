@@ -7,6 +7,7 @@ import dataclasses
 
 import torch
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +47,9 @@ class RandomState:
 
     @classmethod
     def capture(cls, device: torch.device) -> RandomState:
-        accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return cls(torch.get_rng_state(), device, accelerator)
+        with _disable_current_modes():
+            accelerator = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+            return cls(torch.get_rng_state(), device, accelerator)
 
     @contextlib.contextmanager
     def restored(self):
@@ -62,8 +64,10 @@ class RandomState:
     def drawn_from(self) -> bool:
         """Whether numbers were drawn since."""
         now = RandomState.capture(self.device)
-        same = self.accelerator is None or torch.equal(self.accelerator, now.accelerator)
-        return not (same and torch.equal(self.cpu, now.cpu))
+        # States are on the CPU, and have data whatever a mode makes of the chain's tensors.
+        with _disable_current_modes():
+            same = self.accelerator is None or torch.equal(self.accelerator, now.accelerator)
+            return not (same and torch.equal(self.cpu, now.cpu))
 
     def _install(self) -> None:
         torch.set_rng_state(self.cpu)

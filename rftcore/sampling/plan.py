@@ -68,6 +68,13 @@ class Plan:
     plain_flops: int = 0
     reasons: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        unknown = [level for level in self.stored if level is not None and not 0 <= level < len(self.levels)]
+        if unknown:
+            raise ValueError(f"stored names level {unknown[0]}, and there are {len(self.levels)}: 0 is the first.")
+        if not 1 <= self.replay_batch <= max(1, self.batch):
+            raise ValueError(f"replay_batch={self.replay_batch} must lie in [1, batch={self.batch}].")
+
     @classmethod
     def replayed(cls, modes: Sequence[str], batch: int, reasons: Sequence[str] = (), budget: int | None = None) -> Plan:
         """Every differentiated step replayed, the whole batch at once, as the UNet stands; nothing is predicted."""

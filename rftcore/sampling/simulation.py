@@ -318,7 +318,10 @@ def _twin(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
             if isinstance(tensor, nn.Parameter):
                 fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
             fakes[id(tensor)] = fake
-        twin = copy.deepcopy(model, fakes)
+        try:
+            twin = copy.deepcopy(model, fakes)
+        except (RuntimeError, TypeError) as error:
+            raise Unpredictable(f"it cannot be copied: {error}") from error
     if _is_prepared(twin):
         del twin.forward
     for module in twin.modules():

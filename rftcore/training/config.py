@@ -95,7 +95,10 @@ class MemoryConfig:
     budget: str | None = option(
         None, "what a chain and its backward may take beyond the model, such as 8GiB; null: what is free on the device"
     )
-    reserve: str = option("2GiB", "what budget: null leaves to decoding and the reward")
+    reserve: str | None = option(
+        None,
+        "what budget: null leaves to decoding and the reward; null: 2GiB, or half of what is free where that is less",
+    )
     accelerate: bool = option(True, "rftcore's blocks in the UNet and the VAE; false: diffusers' own")
     capture: bool = option(True, "on CUDA, chains are captured and launched as graphs")
 
