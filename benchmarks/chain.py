@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -25,6 +26,7 @@ from benchmarks.accelerate import SHAPE, make_unet
 from benchmarks.counts import Counts
 from benchmarks.memory import PeakBytes
 from rftcore import published
+from rftcore.sampling import Plan
 
 GUIDANCE = 7.5
 SCHEDULER = DDIMScheduler(
@@ -85,8 +87,8 @@ class Problem:
             x = checkpoint(step, x, *row, use_reentrant=False) if around_steps else step(x, *row)
         return x
 
-    def our_chain(self, memory_budget: int | str) -> None:
-        latents = self.sampler(memory_budget)(self.positive, self.negative, latents=self.noise).latents
+    def our_chain(self, memory: int | str | Plan) -> None:
+        latents = self.sampler(memory)(self.positive, self.negative, latents=self.noise).latents
         self.ours.zero_grad()
         latents.square().mean().backward()
 
@@ -94,15 +96,16 @@ class Problem:
         with torch.no_grad():
             self.sampler(None)(self.positive, self.negative, latents=self.noise, merged=merged)
 
-    def sampler(self, memory_budget: int | str | None) -> rftcore.CheckpointedSampler:
-        if memory_budget not in self._samplers:
+    def sampler(self, memory: int | str | Plan | None) -> rftcore.CheckpointedSampler:
+        key = id(memory) if isinstance(memory, Plan) else memory
+        if key not in self._samplers:
+            kept = {"plan" if isinstance(memory, Plan) else "memory_budget": memory}
             # Its table is made of numbers.
             with _disable_current_modes():
-                self._samplers[memory_budget] = rftcore.CheckpointedSampler(
-                    self.ours, SCHEDULER, num_inference_steps=self.steps, guidance_scale=GUIDANCE,
-                    memory_budget=memory_budget,
-                )  # fmt: skip
-        return self._samplers[memory_budget]
+                self._samplers[key] = rftcore.CheckpointedSampler(
+                    self.ours, SCHEDULER, num_inference_steps=self.steps, guidance_scale=GUIDANCE, **kept
+                )
+        return self._samplers[key]
 
 
 def _ddim(steps: int) -> list[tuple[int, float, float]]:
@@ -114,18 +117,17 @@ def _ddim(steps: int) -> list[tuple[int, float, float]]:
     return [(t, alphas[t], alphas[t - stride] if t >= stride else final) for t in scheduler.timesteps.tolist()]
 
 
-def cases(budgets: dict[str, int]) -> dict[str, Callable[[Problem], None]]:
-    """What is run, by name."""
+def cases(memories: dict[str, int | str | Plan]) -> dict[str, Callable[[Problem], None]]:
+    """What is run, by name; `memories` of our chains."""
     runs = {
         STEPS_AND_BLOCKS: lambda p: p.stock_chain(True, True),
         STEPS: lambda p: p.stock_chain(True, False),
         KEPT: lambda p: p.stock_chain(False, False),
-        ALL: lambda p: p.our_chain("64GiB"),
         SAMPLING: lambda p: p.stock_sampling(),
         OURS: lambda p: p.our_sampling(False),
         MERGED: lambda p: p.our_sampling(True),
     }
-    return runs | {name: lambda p, budget=budget: p.our_chain(budget) for name, budget in budgets.items()}
+    return runs | {name: lambda p, memory=memory: p.our_chain(memory) for name, memory in memories.items()}
 
 
 class Counted:
@@ -144,19 +146,9 @@ class Counted:
             run(self._problem)
         return {"peak_mib": live.peak / 2**20, "gflop": counts.flops / 1e9}
 
-    def least_budget(self) -> int:
-        """Bytes of the smallest plan there is, to a MiB."""
-        low, high = 0, 2**34
-        while high - low > 2**20:
-            middle = (low + high) // 2
-            try:
-                with self._mode:
-                    self._problem.our_chain(middle)
-            except ValueError:
-                low = middle
-            else:
-                high = middle
-        return high
+    def plan(self, memory: int | str | Plan) -> Plan:
+        """Of our chain that was counted with this memory."""
+        return self._problem.sampler(memory).plan
 
 
 def main() -> None:
@@ -168,14 +160,18 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     counted = Counted(options.steps)
-    budgets = {AS_MUCH: int(counted(cases({})[STEPS])["peak_mib"] * 2**20), LEAST: counted.least_budget()}
-    columns = {name: counted(run) for name, run in cases(budgets).items()}
-    for name, budget in budgets.items():
-        columns[name]["budget_mib"] = budget / 2**20
+    as_much = int(counted(cases({})[STEPS])["peak_mib"] * 2**20)
+    least = dataclasses.replace(Plan.replayed(["full"] * options.steps, 1), replay_level="block")
+    memories = {ALL: "64GiB", AS_MUCH: as_much, LEAST: least}
+    columns = {name: counted(run) for name, run in cases(memories).items()}
+    # The clock is not to run while they are planned.
+    memories = {name: counted.plan(memory) for name, memory in memories.items()}
+    for name, plan in memories.items():
+        columns[name]["extra_percent"] = plan.extra_percent
 
     unet = make_unet()
     problem = Problem(unet, copy.deepcopy(unet), options.steps)
-    timed = [harness.Case(name, lambda run=run: run(problem), columns[name]) for name, run in cases(budgets).items()]
+    timed = [harness.Case(name, lambda run=run: run(problem), columns[name]) for name, run in cases(memories).items()]
     rows = harness.compare(timed, repeats=options.repeats, warmup=0, counted=False)
     by_name = {row["case"]: row for row in rows}
     for name, others in AGAINST.items():
