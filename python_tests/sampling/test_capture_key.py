@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.hooks import ModelHook, add_hook_to_module
+from accelerate.state import AcceleratorState
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from models import UNETS, add_lora
 from peft import LoraConfig, inject_adapter_in_model
@@ -24,6 +25,13 @@ from rftcore.sampling.capture_key import capture_key, reasons
 from rftcore.sampling.graphs import Graphs
 
 X = torch.zeros(2, 4, 8, 8)
+
+
+@pytest.fixture(autouse=True)
+def own_accelerator():
+    """One process, one precision: what a test asks accelerate for is not the next one's."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
