@@ -45,11 +45,7 @@ def _parser() -> ArgumentParser:
 
     train = _subparser("Fine-tune a pipeline on a reward.")
     commands.add_subcommand("train", train, help="fine-tune a pipeline on a reward")
-    algorithms = train.add_subcommands(required=True, dest="algorithm")
-    for name, kind in ALGORITHMS.items():
-        algorithm = _subparser(kind.__doc__)
-        add_options(algorithm, kind)
-        algorithms.add_subcommand(name, algorithm, help=kind.__doc__)
+    _add_algorithms(train)
 
     configs = _subparser("The recipes that ship with rftcore.")
     commands.add_subcommand("configs", configs, help="list or copy the shipped recipes")
@@ -68,11 +64,7 @@ def _parser() -> ArgumentParser:
 
     check = _subparser("One training step and one evaluation of a run, measured; writes nothing.")
     commands.add_subcommand("check", check, help="measure a run's memory and seconds before it is started")
-    checked = check.add_subcommands(required=True, dest="algorithm")
-    for name, kind in ALGORITHMS.items():
-        algorithm = _subparser(kind.__doc__)
-        add_options(algorithm, kind)
-        checked.add_subcommand(name, algorithm, help=kind.__doc__)
+    _add_algorithms(check)
 
     plan = _subparser(plan_options.PlanOptions.__doc__)
     plan_options.add_options(plan)
@@ -82,6 +74,15 @@ def _parser() -> ArgumentParser:
     sample_options.add_options(sample)
     commands.add_subcommand("sample", sample, help="sample images from prompts")
     return parser
+
+
+def _add_algorithms(command: ArgumentParser) -> None:
+    """A subcommand for each algorithm, with the options of its run."""
+    algorithms = command.add_subcommands(required=True, dest="algorithm")
+    for name, kind in ALGORITHMS.items():
+        algorithm = _subparser(kind.__doc__)
+        add_options(algorithm, kind)
+        algorithms.add_subcommand(name, algorithm, help=kind.__doc__)
 
 
 def _subparser(description: str | None, **settings) -> ArgumentParser:
