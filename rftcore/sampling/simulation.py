@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from rftcore.blocks import costs, once, recompute
 from rftcore.blocks.served import served
 from rftcore.counting import FLOPs, PeakBytes
+from rftcore.sampling.constants import has_constants
 from rftcore.sampling.decode import decode
 from rftcore.sampling.denoiser import Denoiser
 
@@ -118,8 +119,7 @@ class Simulation:
         # In fp32 or wider, whatever the parameters are.
         self.trained_bytes = sum(p.numel() * max(4, p.itemsize) for p in self.model.parameters() if p.requires_grad)
         # As the chain asks, whose evaluations are then given what is made once.
-        passed = self._denoiser.extra.get("cross_attention_kwargs", {})
-        self._has_constants = passed.keys() <= {"scale"} and not once.reasons(self.model)
+        self._has_constants = has_constants(self._denoiser)
         self._given: dict[int, dict[str, Tensor]] = {}
         self._forwards: dict[int, Forward] = {}
         self._steps: dict = {}
