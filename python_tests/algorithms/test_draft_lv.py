@@ -80,7 +80,8 @@ def test_gradient_through_a_unet():
         terms.append((x_1 - (1 - a) ** 0.5 * eps(x_1)) / a**0.5)
     for term in terms:
         for image in range(2):
-            for total, grad in zip(expected, torch.autograd.grad(reward(term)[image], parameters, retain_graph=True)):
+            grads = torch.autograd.grad(reward(term)[image], parameters, retain_graph=True)
+            for total, grad in zip(expected, grads, strict=True):
                 total -= grad / 2
     for ours, theirs in zip(found, expected, strict=True):
         assert theirs.abs().max() > 0
