@@ -127,3 +127,10 @@ def test_what_is_wrong_is_named_and_nothing_is_remembered():
 def test_wrong_shape(shape):
     with pytest.raises(ValueError, match="shape"):
         standardised(torch.ones(shape))
+
+
+def test_whole_numbers_are_refused():
+    """Advantages of their dtype would be rounded."""
+    for advantages in (standardised, lambda r: PromptStatistics().advantages(["a", "b"], r)):
+        with pytest.raises(ValueError, match="floating, not torch.int64"):
+            advantages(torch.tensor([1, 2]))

@@ -59,6 +59,7 @@ def test_ends():
 def test_best_takes_the_first_of_equals():
     scores = torch.tensor([[1.0, 3.0, 3.0], [2.0, 2.0, 2.0], [-1.0, float("-inf"), 0.0]])
     assert best(scores).tolist() == [1, 0, 2]
+    assert best(torch.ones(3, 200)).tolist() == [0] * 3
 
 
 def test_what_is_wrong_is_named():
