@@ -1,9 +1,9 @@
-"""DRaFT+'s divergence and loss against values worked out by hand."""
+"""DRaFT+'s divergence against values worked out by hand."""
 
 import pytest
 import torch
 
-from rftcore.algorithms.draft_plus import divergence, draft_plus
+from rftcore.algorithms.draft_plus import divergence
 
 
 def fp64(values):
@@ -24,16 +24,6 @@ def test_divergence_and_gradient_by_hand():
     assert base.grad is None
 
 
-def test_loss_and_gradient_by_hand():
-    """B = 2, K = 2: L = -(1 + 3) / 2 + 0.2 (1 + 2 + 3 + 4) / 4 = -1.5; dL/dr = -1/2, dL/dd = 0.2 / 4."""
-    r, d = fp64([1.0, 3.0]), fp64([[1.0, 2.0], [3.0, 4.0]])
-    loss = draft_plus(r, d, kl_coeff=0.2)
-    loss.backward()
-    assert loss.item() == pytest.approx(-1.5, abs=1e-15)
-    assert r.grad.tolist() == [-0.5, -0.5]
-    assert d.grad.flatten().tolist() == pytest.approx([0.05] * 4, abs=1e-17)
-
-
 def test_pulls_back_to_the_base():
     """A descent step on the divergence alone halves the distance to the base: 1 - 2 lr / CHW = 1/2 at lr = CHW / 4."""
     base = torch.randn(3, 4, 2, 2, dtype=torch.float64)
@@ -47,5 +37,3 @@ def test_shapes_are_checked():
         divergence(torch.zeros(2, 4, 8, 8), torch.zeros(1, 4, 8, 8))
     with pytest.raises(ValueError, match=r"\(3,\)"):
         divergence(torch.zeros(3), torch.zeros(3))
-    with pytest.raises(ValueError, match="carry no gradient"):
-        draft_plus(torch.ones(2), torch.ones(2, requires_grad=True), 1.0)

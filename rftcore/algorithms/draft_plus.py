@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rftcore.algorithms.draft import draft
-
 
 def divergence(eps: Tensor, eps_base: Tensor) -> Tensor:
     """d = mean over C, H, W of (eps_theta(x_t, c, t) - sg(eps_base(x_t, c, t)))^2 at one step.
 
-    The KL of the two models' Gaussians of that step, without its coefficient of the variance. eps_base is the same
-    UNet's with its adapter off, and a constant.
+    L = draft(r) + kl_coeff E[d], over the batch and the last K steps; kl_coeff is 1.0 in the released configuration,
+    0.2 in its documentation. d is the KL of the two models' Gaussians of that step, without its coefficient of the
+    variance. eps_base is the same UNet's with its adapter off, and a constant. In the released code d's gradient also
+    goes on through x_t, within the last K steps; where x_t is given detached it does not.
 
     Shapes: eps, eps_base (B, C, H, W), result (B,). Units: squared eps, per element.
     Raises: ValueError where the shapes differ or have nothing after B.
@@ -22,14 +22,3 @@ def divergence(eps: Tensor, eps_base: Tensor) -> Tensor:
             "outputs of the same UNet at the same x_t, with its adapter on and off"
         )
     return (eps - eps_base.detach()).square().flatten(1).mean(1)
-
-
-def draft_plus(r: Tensor, d: Tensor, kl_coeff: float) -> Tensor:
-    """L = -E[r(x_0, c)] + kl_coeff E[d] over the batch and the last K steps, to be minimised.
-
-    kl_coeff is 1.0 in the released configuration and 0.2 in its documentation.
-
-    Shapes: r (B,), d (B,) or (B, K) of `divergence`, scalar result. Units: reward points.
-    Raises: ValueError as `draft`.
-    """
-    return draft(r) + kl_coeff * d.mean()
