@@ -55,7 +55,9 @@ def test_dpok_adds_the_weighted_mean_divergence():
     for at in (0.0, 1e-5):
         w = tensor(at, gradient=True)
         divergence = torch.stack([w**2, 3 * w**2])
-        loss = dpok(torch.stack([w, w]), tensor([0.0, 0.0]), tensor([1.0, 3.0]), 10, divergence, 0.1)
+        loss = dpok(
+            torch.stack([w, w]), tensor([0.0, 0.0]), tensor([1.0, 3.0]), divergence, reward_weight=10, kl_weight=0.1
+        )
         loss.backward()
         assert loss.item() == pytest.approx(-20 * math.exp(at) + 0.2 * at**2, rel=1e-14)
         assert w.grad.item() == pytest.approx(-20 * math.exp(at) + 0.4 * at, rel=1e-14)
@@ -63,7 +65,7 @@ def test_dpok_adds_the_weighted_mean_divergence():
 
 def test_outside_the_band_only_the_divergence_is_left():
     w = tensor(0.5, gradient=True)
-    dpok(w.reshape(1), tensor([0.0]), tensor([-1.0]), 10, (w**2).reshape(1), 0.25).backward()
+    dpok(w.reshape(1), tensor([0.0]), tensor([-1.0]), (w**2).reshape(1), 10, 0.25).backward()
     assert w.grad.item() == 0.25
 
 
@@ -85,9 +87,9 @@ def test_only_the_policy_gets_a_gradient():
 def test_what_is_wrong_is_named():
     log_prob, A = tensor([1.0, 2.0], gradient=True), tensor([1.0, 2.0])
     with pytest.raises(ValueError, match=r"one shape.*divergence \(3,\)"):
-        dpok(log_prob, A, A, 10, torch.ones(3, requires_grad=True), 0.01)
+        dpok(log_prob, A, A, torch.ones(3, requires_grad=True), 10, 0.01)
     with pytest.raises(ValueError, match="divergence carries no gradient"):
-        dpok(log_prob, A, A, 10, A, 0.01)
+        dpok(log_prob, A, A, A, 10, 0.01)
     with pytest.raises(ValueError, match="log_prob carries no gradient"):
         policy(A, A, A, 10)
     with pytest.raises(ValueError, match="clip_range=1 must lie in"):

@@ -27,8 +27,8 @@ def dpok(
     log_prob: Tensor,
     old_log_prob: Tensor,
     A: Tensor,
-    reward_weight: float,
     divergence: Tensor,
+    reward_weight: float,
     kl_weight: float,
     clip_range: float = 1e-4,
 ) -> Tensor:
