@@ -5,5 +5,15 @@ from rftcore.sampling.gradient_path import GradientPath
 from rftcore.sampling.plan import Plan
 from rftcore.sampling.sampler import CheckpointedSampler
 from rftcore.sampling.trajectory import Trajectory
+from rftcore.sampling.transitions import Transitions
 
-__all__ = ["CheckpointedSampler", "GradientPath", "Plan", "RewardError", "Trajectory", "decode", "score"]
+__all__ = [
+    "CheckpointedSampler",
+    "GradientPath",
+    "Plan",
+    "RewardError",
+    "Trajectory",
+    "Transitions",
+    "decode",
+    "score",
+]

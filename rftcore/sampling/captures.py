@@ -43,7 +43,14 @@ class Captures:
         return self._graphs.bytes
 
     def begin(
-        self, latents: Tensor, conditioning: Mapping[str, Tensor], given: Hashable, differentiates: bool, merged: bool
+        self,
+        latents: Tensor,
+        conditioning: Mapping[str, Tensor],
+        given: Hashable,
+        *,
+        differentiates: bool,
+        merged: bool,
+        passing: bool,
     ) -> Run:
         """The way of the next chain.
 
@@ -51,12 +58,13 @@ class Captures:
             given: what of the chain is built into its graphs.
             differentiates: whether it has a backward pass.
             merged: whether it runs on weights that live for this chain only.
+            passing: whether a chain like it may not come again.
         """
-        run = self._begin(latents, conditioning, given, differentiates, merged)
+        run = self._begin(latents, conditioning, given, differentiates, merged, passing)
         self.reason = run.reason
         return run
 
-    def _begin(self, latents, conditioning, given, differentiates, merged) -> Run:
+    def _begin(self, latents, conditioning, given, differentiates, merged, passing) -> Run:
         module, device = self._denoiser.module, latents.device
         if not self._enabled:
             return Run(None, "capture=False")
@@ -66,7 +74,8 @@ class Captures:
             return Run(None, "the merged weights live for one chain")
         if found := reasons(module, differentiates, self._device_type):
             return Run(None, "; ".join(found))
-        return self._graphs.begin(capture_key(module, [latents, *conditioning.values()], given))
+        key = capture_key(module, [latents, *conditioning.values()], given)
+        return self._graphs.begin(key, passing=passing)
 
 
 def _recorder_for(denoiser: Denoiser, make_recorder: Callable[[torch.device], Recorder]) -> Recorder:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from rftcore.sampling.records import stored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +99,11 @@ class Conditioning:
             return self.positive
         return {name: torch.cat([self.negative[name], tensor]) for name, tensor in self.positive.items()}
 
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only, under the attributes' names."""
+        copy = self.map(stored)
+        return {"positive": copy.positive, "negative": copy.negative}
+
     @staticmethod
     def cat(parts: list[Conditioning]) -> Conditioning:
         """Concatenates along the batch.
@@ -107,7 +115,7 @@ class Conditioning:
         for part in parts[1:]:
             same_branches = (part.negative is None) == (first.negative is None)
             if part.positive.keys() != first.positive.keys() or not same_branches:
-                raise ValueError("trajectories of different conditioning (guided or not, SDXL or not) do not join.")
+                raise ValueError("samples of different conditioning (guided or not, SDXL or not) do not join.")
         return first.replaced([torch.cat(tensors) for tensors in zip(*(part.tensors() for part in parts), strict=True)])
 
 

@@ -174,15 +174,17 @@ def score(
     def evaluate(part: slice, piece: Tensor) -> tuple[Tensor, Tensor]:
         images, saturated = _images(vae, piece, clamp)
         rewards = reward(images, prompts[part], None if metadata is None else metadata[part])
-        _check_rewards(reward, rewards, prompts[part])
+        _check_shape(reward, rewards, len(prompts[part]))
         return rewards, saturated
 
     if differentiate:
-        rewards, saturated = _Score.apply(evaluate, reward, parts, _runs_in_fp16(vae, latents), latents)
+        rewards, saturated = _Score.apply(evaluate, reward, prompts, parts, _runs_in_fp16(vae, latents), latents)
     else:
         with torch.no_grad():
             pairs = [evaluate(part, latents[part]) for part in parts]
-        rewards, saturated = (torch.cat(tensors).to(latents) for tensors in zip(*pairs, strict=True))
+        rewards, saturated = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
+        _check_finite(reward, rewards, prompts, rewards.isfinite().tolist())
+        rewards, saturated = rewards.to(latents), saturated.to(latents)
     return (rewards, {"saturated": saturated}) if return_stats else rewards
 
 
@@ -190,35 +192,42 @@ class _Score(torch.autograd.Function):
     """Keeps only d reward / d latent, (B, C, h, w)."""
 
     @staticmethod
-    def forward(ctx, evaluate, reward, parts: list[slice], fp16: bool, latents: Tensor) -> tuple[Tensor, Tensor]:
-        rewards, saturated, gradients = [], [], []
-        for part in parts:
-            piece = latents[part].detach().requires_grad_()
-            for scale in _FP16_GRADIENT_SCALES if fp16 else (1.0,):
+    def forward(
+        ctx, evaluate, reward, prompts: Sequence[str], parts: list[slice], fp16: bool, latents: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        rewards, saturated, gradients = ([None] * len(parts) for _ in range(3))
+        todo = list(range(len(parts)))
+        for scale in _FP16_GRADIENT_SCALES if fp16 else (1.0,):
+            for number in todo:
+                piece = latents[parts[number]].detach().requires_grad_()
                 with torch.enable_grad():
-                    values, share = evaluate(part, piece)
-                gradient = _gradient(reward, values, piece, scale)
-                if finite := bool(gradient.isfinite().all()):
-                    break
-            if not finite:
-                raise RewardError(
-                    f"the gradient of reward {_name(reward)} with respect to the latents is NaN or inf, though the "
-                    "reward is not: look for a square root, norm or logarithm at zero, or an overflow in fp16 (use a "
-                    "bf16 or fp32 VAE)."
-                )
-            gradients.append(gradient)
-            rewards.append(values.detach())
-            saturated.append(share)
+                    values, saturated[number] = evaluate(parts[number], piece)
+                gradients[number] = _gradient(reward, values, piece, scale)
+                rewards[number] = values.detach()
+            # Of all images at once: the answer is waited for.
+            joined = torch.cat(rewards)
+            sound = [gradients[number].isfinite().all() for number in todo]
+            finite = torch.cat([joined.isfinite(), torch.stack(sound)]).tolist()
+            _check_finite(reward, joined, prompts, finite[: len(joined)])
+            todo = [number for number, ok in zip(todo, finite[len(joined) :], strict=True) if not ok]
+            if not todo:
+                break
+        else:
+            raise RewardError(
+                f"the gradient of reward {_name(reward)} with respect to the latents is NaN or inf, though the "
+                "reward is not: look for a square root, norm or logarithm at zero, or an overflow in fp16 (use a "
+                "bf16 or fp32 VAE)."
+            )
         ctx.save_for_backward(torch.cat(gradients))
         saturated = torch.cat(saturated)
         ctx.mark_non_differentiable(saturated)
-        return torch.cat(rewards).to(latents), saturated
+        return joined.to(latents), saturated
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_rewards: Tensor, _) -> tuple[None, None, None, None, Tensor]:
+    def backward(ctx, grad_rewards: Tensor, _) -> tuple[None, None, None, None, None, Tensor]:
         (gradients,) = ctx.saved_tensors
-        return None, None, None, None, grad_rewards.reshape(-1, *[1] * (gradients.ndim - 1)) * gradients
+        return None, None, None, None, None, grad_rewards.reshape(-1, *[1] * (gradients.ndim - 1)) * gradients
 
 
 def _runs_in_fp16(vae: nn.Module | None, latents: Tensor) -> bool:
@@ -242,14 +251,15 @@ def _gradient(reward, values: Tensor, piece: Tensor, scale: float) -> Tensor:
     return gradient / scale
 
 
-def _check_rewards(reward, values: Any, prompts: Sequence[str]) -> None:
-    expected = (len(prompts),)
-    if not isinstance(values, Tensor) or tuple(values.shape) != expected or not values.is_floating_point():
+def _check_shape(reward, values: Any, count: int) -> None:
+    if not isinstance(values, Tensor) or tuple(values.shape) != (count,) or not values.is_floating_point():
         raise RewardError(
             f"reward {_name(reward)} returned {_describe(values)}; it must return a floating-point tensor of shape "
-            f"{expected}, one value for each image."
+            f"{(count,)}, one value for each image."
         )
-    finite = values.detach().isfinite().tolist()
+
+
+def _check_finite(reward, values: Tensor, prompts: Sequence[str], finite: Sequence[bool]) -> None:
     if not all(finite):
         broken = [(prompt, value) for prompt, value, ok in zip(prompts, values.tolist(), finite, strict=True) if not ok]
         raise RewardError(

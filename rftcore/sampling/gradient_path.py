@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import operator
 from typing import Any
 
@@ -98,6 +99,19 @@ class GradientPath:
             elif modes[step] in ("none", "detach_x"):
                 flows = False
         return tuple(modes)
+
+    def needed(self, start: bool) -> GradientPath:
+        """The path of the same gradients with "none" for every step that nothing has to flow through.
+
+        Args:
+            start: whether the chain's first state needs a gradient. If not, linear steps at the chain's beginning lead
+                to nothing.
+        """
+        modes = list(self.effective_modes)
+        if not (start and self.reaches_start):
+            for step in itertools.takewhile(lambda step: modes[step] in ("none", "detach_eps"), range(len(modes))):
+                modes[step] = "none"
+        return dataclasses.replace(self, modes=tuple(modes))
 
     @property
     def differentiates(self) -> bool:

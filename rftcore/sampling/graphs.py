@@ -13,7 +13,11 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from rftcore.sampling.recent import Recent
+
 T = TypeVar("T")
+# How many keys that may not come again are remembered.
+_MET = 64
 
 
 class Recorder(Protocol):
@@ -65,11 +69,12 @@ class Segments:
     finished, those that begin meanwhile run as they are.
 
     Attributes:
+        passing: whether its key is one of many, which may not come again.
         refusal: why nothing is captured any more, in words; None where it is.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
+    def __init__(self, recorder: Recorder, passing: bool = False) -> None:
+        self.recorder, self.passing = recorder, passing
         self.refusal: str | None = None
         self._sequence: list[_Segment] = []
         self._kept: dict[Hashable, Any] = {}
@@ -285,18 +290,29 @@ class Graphs:
     def __init__(self, make_recorder: Callable[[], Recorder], size: int = 2) -> None:
         self._make_recorder, self._size = make_recorder, size
         self._segments: collections.OrderedDict[Hashable, Segments] = collections.OrderedDict()
+        # Hashes: a key is as long as the UNet's list of modules, and two that are taken for each other do no harm here.
+        self._met: Recent[bool] = Recent(_MET)
 
-    def begin(self, key: Hashable, reasons: Sequence[str] = ()) -> Run:
-        """The way of one more chain through the segments of `key`; a plain one where there are `reasons` against it."""
+    def begin(self, key: Hashable, reasons: Sequence[str] = (), passing: bool = False) -> Run:
+        """The way of one more chain through the segments of `key`; a plain one where there are `reasons` against it.
+
+        Args:
+            passing: whether the key may not come again, as that of a gradient path drawn at random: its first chain
+                is a plain one, and of all such keys the last one has graphs, beside those of `size` others.
+        """
         if reasons:
             return Run(None, "; ".join(reasons))
         if key not in self._segments:
-            self._segments[key] = Segments(self._make_recorder())
+            if passing and hash(key) not in self._met:
+                self._met[hash(key)] = True
+                return Run(None, "its gradient path is new; one that comes again is captured")
+            self._segments[key] = Segments(self._make_recorder(), passing)
         self._segments.move_to_end(key)
         # What was refused holds nothing, and is remembered so that it is not tried again, up to a number.
-        holding = [k for k, segments in self._segments.items() if segments.refusal is None]
+        holding = [k for k, segments in self._segments.items() if segments.refusal is None and not segments.passing]
+        passing_by = [k for k, segments in self._segments.items() if segments.refusal is None and segments.passing]
         refused = [k for k, segments in self._segments.items() if segments.refusal is not None]
-        for old in (*holding[: -self._size], *refused[:-16]):
+        for old in (*holding[: -self._size], *passing_by[:-1], *refused[:-16]):
             # A chain that is not finished keeps them alive until it is.
             del self._segments[old]
         return self._segments[key].begin()

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -102,6 +103,12 @@ class Plan:
         """Of the chain, forward and backward; 0 for a plan that was not predicted."""
         return round(self.plain_flops + self.extra_percent / 100 * self.differentiated * self.forward_flops)
 
+    @functools.cached_property
+    def work(self) -> Hashable:
+        """What a chain does by it: equal for plans that differ in what was predicted alone."""
+        levels = (self.replay_level, *self.levels)
+        return self.stored, self.replay_batch, tuple(_hashable(level) for level in levels)
+
     def smaller(self) -> Plan | None:
         """The next plan to try where this one does not fit, None for the smallest.
 
@@ -167,6 +174,7 @@ def make_plan(
     modes: Sequence[str],
     budget: int,
     reserve: int = 0,
+    simulate: Callable[[], Simulation] | None = None,
 ) -> Plan:
     """The plan of the fewest FLOPs under a budget.
 
@@ -179,6 +187,7 @@ def make_plan(
         modes: of every step taken, `GradientPath.effective_modes`.
         budget: bytes that the chain may take beyond what is there before it.
         reserve: bytes of `budget` for what comes between the chain and its backward: decoding and the reward.
+        simulate: gives the simulation of a chain like this one, which remembers what it counted; None makes one.
 
     Raises:
         ValueError: for a budget below the least that is needed.
@@ -186,7 +195,7 @@ def make_plan(
     if not any(mode in _DIFFERENTIATED for mode in modes):
         return Plan.replayed(modes, batch, budget=budget)
     try:
-        simulation = Simulation(denoiser, conditioning, height, width, guided=guided)
+        simulation = simulate() if simulate else Simulation(denoiser, conditioning, height, width, guided=guided)
         return Planner(simulation, batch, modes).plan(budget, reserve)
     except Unpredictable as reason:
         return Plan.replayed(modes, batch, [str(reason)], budget)
@@ -289,6 +298,12 @@ class Planner:
                 plain, peak_bytes=max(least.values()), forward_flops=flops, plain_flops=flops * len(self.modes)
             )
         replay = self._replay(budget, reserve)
+        # Mostly everything fits, and then one level has to be counted, not those at the other end.
+        free = bisect.bisect_right(self._extra, 0.0) - 1
+        self.step(free)
+        plan = self._assembled([free] * len(self.steps), replay, budget, reserve)
+        if plan.peak_bytes <= budget:
+            return plan
         plan = self._assembled([None] * len(self.steps), replay, budget, reserve)
         for most in self._limits(budget, reserve):
             plan = min(plan, self._stored(most, replay, budget, reserve, plan), key=lambda plan: plan.extra_percent)
@@ -502,6 +517,10 @@ def _hull(points: Sequence[_Point]) -> list[_Point]:
 
 def _slope(a: _Point, b: _Point) -> float:
     return (b.extra - a.extra) / (b.kept - a.kept)
+
+
+def _hashable(level: Level) -> Hashable:
+    return tuple(sorted(level.items())) if isinstance(level, Mapping) else level
 
 
 def _plain(value: Any) -> Any:

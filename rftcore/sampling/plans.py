@@ -1,4 +1,4 @@
-"""The plan of a sampler's next chain: the one that was given, or one made for each shape of chain."""
+"""The plan of a sampler's next chain: the one that was given, or one made for each shape of chain and its path."""
 
 from __future__ import annotations
 
@@ -17,8 +17,12 @@ from rftcore.sampling.ambient import Ambient
 from rftcore.sampling.denoiser import Denoiser
 from rftcore.sampling.free_memory import free_memory
 from rftcore.sampling.plan import Plan, make_plan
+from rftcore.sampling.recent import Recent
+from rftcore.sampling.simulation import Simulation, Unpredictable
 
 _RESERVE = 2 * 2**30
+# Of how many gradient paths, which may be drawn at random, and of how many shapes of chains something is kept.
+_PATHS, _SHAPES = 64, 4
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -53,7 +57,9 @@ class Plans:
         self._denoiser, self._given, self._guided = denoiser, given, guided
         self._budget = None if memory_budget is None else bytes_of(memory_budget)
         self._reserve = None if reserve is None else _reserve_of(reserve)
-        self._made: dict[Hashable, Plan] = {}
+        self._made: Recent[Plan] = Recent(_PATHS)
+        # What a step takes does not depend on where the others' gradients flow.
+        self._simulations: Recent[Simulation | Unpredictable] = Recent(_SHAPES)
         self._least_of_ranks: int | None = None
 
     def choose(
@@ -76,14 +82,24 @@ class Plans:
             self.last = self._given
             self._check(len(latents), modes)
             return self._given
-        key = self._key(latents, conditioning, parameters, modes)
-        if key not in self._made:
-            self._made[key] = self._make(latents, conditioning, modes, captured_bytes)
-        self.last = self._made[key]
+        shapes = self._key(latents, conditioning, parameters)
+        self.last = self._made.get(
+            (tuple(modes), shapes), lambda: self._make(latents, conditioning, modes, captured_bytes, shapes)
+        )
         return self.last
 
-    def _make(self, latents: Tensor, conditioning: Mapping[str, Tensor], modes, captured_bytes: int) -> Plan:
+    def _make(
+        self, latents: Tensor, conditioning: Mapping[str, Tensor], modes, captured_bytes: int, shapes: Hashable
+    ) -> Plan:
         batch, _, height, width = latents.shape
+
+        def simulate() -> Simulation:
+            make = lambda: Simulation(self._denoiser, conditioning, height, width, guided=self._guided)  # noqa: E731
+            found = self._simulations.get(shapes, make)
+            if isinstance(found, Unpredictable):
+                raise found
+            return found
+
         budget, reserve = self._budget, 0
         if budget is None:
             budget = max(0, self._free(latents.device) - captured_bytes)
@@ -91,7 +107,7 @@ class Plans:
         try:
             # Not for the eyes of a mode, or of hooks, that count or change what the chain does.
             with _disable_current_modes(), saved_tensors_hooks(torch.Tensor.detach, torch.Tensor.detach):
-                return make_plan(
+                plan = make_plan(
                     self._denoiser,
                     conditioning,
                     batch=batch,
@@ -101,6 +117,7 @@ class Plans:
                     modes=modes,
                     budget=budget,
                     reserve=reserve,
+                    simulate=simulate,
                 )
         except ValueError as error:
             if self._budget is not None:
@@ -110,6 +127,9 @@ class Plans:
                 f"{text_of(reserve)} are reserved for decoding and the reward. Free more, make reserve smaller, or "
                 f"give memory_budget: {error}"
             ) from error
+        if plan.reasons:
+            self._simulations[shapes] = Unpredictable(*plan.reasons)
+        return plan
 
     def _free(self, device: torch.device) -> int:
         """Bytes that are free, no more than the ranks' least at their first chain."""
@@ -123,13 +143,13 @@ class Plans:
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, of a sampler that is copied or pickled, plans anew: keys name objects of this process.
-        return {**self.__dict__, "_made": {}}
+        return {**self.__dict__, "_made": self._made.emptied(), "_simulations": self._simulations.emptied()}
 
-    def _key(self, latents, conditioning, parameters, modes) -> Hashable:
+    def _key(self, latents, conditioning, parameters) -> Hashable:
         tensors = (latents, *conditioning.values(), *parameters.values())
         shapes = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in tensors)
         looks = hash(tuple(_looks(self._denoiser.module)))
-        return tuple(modes), shapes, tuple(parameters), looks, Ambient.capture(latents.device)
+        return shapes, tuple(parameters), looks, Ambient.capture(latents.device)
 
     def _check(self, batch: int, modes: Sequence[str]) -> None:
         plan = self._given

@@ -21,7 +21,7 @@ from rftcore.sampling.replay import GradientSum, check_reached, gradients, repla
 
 @dataclasses.dataclass(frozen=True)
 class Transition:
-    """One step of each sample of a batch.
+    """One step of each sample of a batch, as one evaluation of the UNet re-scores it; all on its device.
 
     Attributes:
         x, next_x: (B, C, h, w) the states before and after.

@@ -27,9 +27,11 @@ from rftcore.sampling.gradient_path import GradientPath
 from rftcore.sampling.merged import merged as merged_weights
 from rftcore.sampling.plan import Plan
 from rftcore.sampling.plans import Plans
+from rftcore.sampling.records import sent
 from rftcore.sampling.rescore import Rescore, Transition
 from rftcore.sampling.schedule import step_table
 from rftcore.sampling.trajectory import Trajectory
+from rftcore.sampling.transitions import Transitions
 
 REFERENCES = (None, "exact", "uniform")
 _MERGED_WITH_GRADIENT = (
@@ -47,7 +49,8 @@ class CheckpointedSampler:
     and reach every parameter once a backward, so that DDP averages them once.
 
     On CUDA the chain is captured as graphs at its second run and launched from then on, as long as nothing that is
-    built into them changes (`sampler.uncaptured` says why it was not).
+    built into them changes (`sampler.uncaptured` says why it was not). A chain along another gradient path than the
+    sampler's own first has to come a second time: paths may be drawn at random.
 
     Args:
         unet: diffusers `UNet2DConditionModel` or `UNet2DModel`; PEFT, `torch.compile`, accelerate and DDP wrappings
@@ -124,11 +127,26 @@ class CheckpointedSampler:
             "cross_attention_kwargs": repr(dict(cross_attention_kwargs or {})),
         }
         self._tables: dict[tuple, DeviceTable] = {}
+        self._evaluations = 0
 
     @property
     def plan(self) -> Plan | None:
         """What the differentiated steps of the last chain kept; None before the first one."""
         return self._plans.last
+
+    @property
+    def branches(self) -> int:
+        """UNet evaluations of one sample in one step: 2 with guidance, else 1."""
+        return 2 if self.guided else 1
+
+    @property
+    def evaluations(self) -> int:
+        """UNet evaluations of one sample in the last chain, those that its backward repeats among them.
+
+        Each branch of guidance counts, and of a path that stops early the steps that were taken; 0 before the first
+        chain.
+        """
+        return self._evaluations
 
     @property
     def uncaptured(self) -> str | None:
@@ -183,14 +201,15 @@ class CheckpointedSampler:
             start = [latents] if path.reaches_start else []
             model = [*joined.values(), *parameters.values()] if path.reaches_model else []
             _check_differentiable([*start, *model], leaves)
+            path = path.needed(start=latents.requires_grad)
         else:
             path = GradientPath(("none",) * len(path.modes), output=path.output)
         plan = None
         if differentiate:
-            plan = self._plans.choose(latents, joined, parameters, path.effective_modes, self._captures.bytes)
+            plan = self._plans.choose(latents, joined, parameters, path.modes, self._captures.bytes)
         on_device = self._on(self.denoiser.device, len(path.modes), path.output)
-        # Plans and tables are kept, and so an id is one's own.
-        built_in = (path, id(plan), id(on_device))
+        # Tables are kept, and so an id is one's own.
+        built_in = (path.modes, path.output, plan and plan.work, id(on_device))
         chain = Chain(
             evaluations=Evaluations(
                 self.denoiser,
@@ -200,7 +219,14 @@ class CheckpointedSampler:
                 conditioning=joined,
                 parameters=parameters,
                 plan=plan,
-                run=self._captures.begin(latents, joined, built_in, differentiate, merged),
+                run=self._captures.begin(
+                    latents,
+                    joined,
+                    built_in,
+                    differentiates=differentiate,
+                    merged=merged,
+                    passing=differentiate and path.modes != self.gradient_path.needed(latents.requires_grad).modes,
+                ),
                 batch=len(latents),
             ),
             coefficients=on_device.coefficients,
@@ -214,6 +240,7 @@ class CheckpointedSampler:
         else:
             with torch.no_grad(), self._merged() if merged else contextlib.nullcontext():
                 (end,), (states, log_probs), _ = chain.forward(leaves)
+        self._evaluations = self.branches * (len(table) + (plan.replays if plan else 0))
         return Trajectory(
             latents=end,
             states=states,
@@ -234,7 +261,7 @@ class CheckpointedSampler:
         Raises:
             ValueError: as `log_prob`.
         """
-        steps = [step for step, noisy in enumerate(self._stochastic(trajectory)) if noisy]
+        steps = [step for step, noisy in enumerate(self._stochastic(trajectory.settings)) if noisy]
         if not steps:
             return trajectory
         with torch.no_grad():
@@ -261,41 +288,43 @@ class CheckpointedSampler:
                 trainable under grad mode.
             IndexError: for a step out of range.
         """
-        if not self.table.differentiable:
-            raise ValueError(self.table.reason)
-        if reference not in REFERENCES:
-            raise ValueError(f"reference={reference!r} is not known; allowed are None, 'exact' and 'uniform'.")
-        trajectory.check_settings(self.settings)
-        if torch.is_grad_enabled() and trajectory.states.is_inference():
-            raise ValueError(
-                "trajectory was sampled under torch.inference_mode, whose tensors no gradient can pass: sample under "
-                "torch.no_grad() instead (or with backprop_steps=0), or re-score under torch.no_grad()."
-            )
-        if trajectory.states.dtype != self.denoiser.state_dtype:
-            raise ValueError(
-                f"trajectory's states are {trajectory.states.dtype} and this UNet's would be "
-                f"{self.denoiser.state_dtype}; re-score with a UNet of the dtype that sampled."
-            )
-        indices = self._step_indices(trajectory, steps)
-        joined = trajectory.conditioning.joined()
-        parameters = self.denoiser.trainable() if torch.is_grad_enabled() else {}
-        leaves = [*joined.values(), *parameters.values()]
-        rescore = Rescore(
-            denoiser=self.denoiser,
-            transitions=self._transitions(trajectory, indices),
-            timesteps=self._on(trajectory.states.device, trajectory.settings["steps_taken"], "latents").timesteps,
-            guided=self.guided,
-            names=list(joined),
-            parameters=parameters,
-            reference=reference,
-        )
-        if not torch.is_grad_enabled():
-            scores, _, _ = rescore.forward(leaves)
-        else:
-            _check_differentiable(leaves, leaves)
-            run = rescore.direct if len(rescore.transitions) == 1 else lambda leaves: replay.run(rescore, leaves)
-            scores = self.denoiser.synchronised(lambda: run(leaves))
-        return scores[0], None if reference is None else scores[1]
+        self._check_scored("trajectory", trajectory, trajectory.states, reference)
+        numbers = trajectory.step_numbers(steps)
+        self._check_stochastic(numbers, trajectory.settings)
+        device = trajectory.states.device
+        samples = torch.arange(len(trajectory), device=device)
+        columns = [
+            self._transition(trajectory.states[taken, samples], trajectory.states[taken + 1, samples], taken)
+            for taken in sent(numbers, device).unbind(1)
+        ]
+        return self._scores(columns, trajectory.conditioning, trajectory.settings, reference)
+
+    def transition_log_prob(
+        self, transitions: Transitions, reference: str | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities of transitions under the UNet as it is now, in one evaluation and plain autograd.
+
+        Of the steps of a whole batch they are the numbers of `log_prob`, bit for bit.
+
+        Args:
+            transitions: N of them, on the UNet's device; `trajectory.transitions(steps)`.
+            reference: as in `log_prob`.
+
+        Returns:
+            log_prob (N,) in nats per element, and divergence (N,) or None.
+
+        Raises:
+            ValueError: for transitions of other settings or none at all, an unknown reference, a deterministic step,
+                or nothing trainable under grad mode.
+        """
+        self._check_scored("transitions", transitions, transitions.x, reference)
+        if not len(transitions):
+            raise ValueError("transitions is empty; re-score at least one.")
+        self._check_stochastic(transitions.steps, transitions.settings)
+        steps = sent(transitions.steps, transitions.x.device)
+        column = self._transition(transitions.x, transitions.next_x, steps)
+        log_prob, divergence = self._scores([column], transitions.conditioning, transitions.settings, reference)
+        return log_prob[:, 0], None if divergence is None else divergence[:, 0]
 
     def predict(
         self,
@@ -414,25 +443,36 @@ class CheckpointedSampler:
         extra = self.denoiser.extra.get("cross_attention_kwargs", {})
         return merged_weights(self.denoiser.module, extra.get("scale", 1.0))
 
-    def _stochastic(self, trajectory: Trajectory) -> tuple[bool, ...]:
-        """Of each step of a trajectory, whether it has noise."""
-        return self.table.stopped(trajectory.settings["steps_taken"], trajectory.settings["output"]).stochastic
+    def _stochastic(self, settings: Mapping[str, Any]) -> tuple[bool, ...]:
+        """Of each step of a trajectory with these settings, whether it has noise."""
+        return self.table.stopped(settings["steps_taken"], settings["output"]).stochastic
 
-    def _step_indices(self, trajectory: Trajectory, steps: Sequence[int] | Tensor) -> Tensor:
-        """(B, S) on the CPU, checked."""
-        indices = torch.as_tensor(steps).cpu()
-        if not indices.numel():
-            raise ValueError("steps is empty; name at least one step to re-score.")
-        if indices.is_floating_point() or indices.dtype == torch.bool or indices.ndim not in (1, 2):
-            raise ValueError(f"steps must be whole numbers (S,) or (B, S), got {indices.dtype} {tuple(indices.shape)}.")
-        if indices.ndim == 1:
-            indices = indices.expand(len(trajectory), -1)
-        if indices.shape[0] != len(trajectory):
-            raise ValueError(f"steps has {indices.shape[0]} rows for {len(trajectory)} samples; give (S,) or (B, S).")
-        taken, stochastic = trajectory.settings["steps_taken"], self._stochastic(trajectory)
-        for step in sorted(set(indices.flatten().tolist())):
-            if not 0 <= step < taken:
-                raise IndexError(f"steps holds {step}; the trajectory has steps 0 to {taken - 1}.")
+    def _check_scored(self, name: str, scored: Trajectory | Transitions, states: Tensor, reference: str | None) -> None:
+        """Raises ValueError unless these states can be scored by this sampler."""
+        if not self.table.differentiable:
+            raise ValueError(self.table.reason)
+        if reference not in REFERENCES:
+            raise ValueError(f"reference={reference!r} is not known; allowed are None, 'exact' and 'uniform'.")
+        scored.check_settings(self.settings)
+        if states.device != self.denoiser.device:
+            raise ValueError(f"{name} on {states.device} and the UNet on {self.denoiser.device}: call .to(...) first.")
+        if torch.is_grad_enabled() and states.is_inference():
+            raise ValueError(
+                f"{name} was sampled under torch.inference_mode, whose tensors no gradient can pass: sample under "
+                "torch.no_grad() instead (or with backprop_steps=0), or re-score under torch.no_grad()."
+            )
+        if states.dtype != self.denoiser.state_dtype:
+            raise ValueError(
+                f"{name}'s states are {states.dtype} and this UNet's would be "
+                f"{self.denoiser.state_dtype}; re-score with a UNet of the dtype that sampled."
+            )
+
+    def _check_stochastic(self, steps: Tensor, settings: Mapping[str, Any]) -> None:
+        """Raises unless each of these steps is one of a chain of `settings`, and has noise."""
+        stochastic = self._stochastic(settings)
+        for step in sorted(set(steps.flatten().tolist())):
+            if not 0 <= step < len(stochastic):
+                raise IndexError(f"steps holds {step}; the chain had steps 0 to {len(stochastic) - 1}.")
             if not stochastic[step]:
                 possible = [index for index, noisy in enumerate(stochastic) if noisy]
                 advice = "sample with eta > 0" if self.table.eta is not None else "sample with DDIM and eta > 0"
@@ -440,24 +480,46 @@ class CheckpointedSampler:
                 raise ValueError(
                     f"steps holds {step}, which is deterministic (sigma = 0) and has no log-probability; {advice}."
                 )
-        return indices.long()
 
-    def _transitions(self, trajectory: Trajectory, indices: Tensor) -> list[Transition]:
-        """Step indices[b, s] of each sample b, for each s."""
-        device = trajectory.states.device
-        table = self._on(device, len(self.table), "latents")
-        samples = torch.arange(len(trajectory), device=device)
-        return [
-            Transition(
-                x=trajectory.states[steps, samples],
-                next_x=trajectory.states[steps + 1, samples],
-                steps=steps,
-                t=table.timesteps[steps],
-                coefficients=table.coefficients[steps],
-                input_scales=None if table.input_scales is None else table.input_scales[steps],
-            )
-            for steps in indices.to(device).unbind(1)
-        ]
+    def _transition(self, x: Tensor, next_x: Tensor, steps: Tensor) -> Transition:
+        """Step steps[n] (N,) from x[n] to next_x[n] (N, C, h, w), all on one device."""
+        table = self._on(x.device, len(self.table), "latents")
+        return Transition(
+            x=x,
+            next_x=next_x,
+            steps=steps,
+            t=table.timesteps[steps],
+            coefficients=table.coefficients[steps],
+            input_scales=None if table.input_scales is None else table.input_scales[steps],
+        )
+
+    def _scores(
+        self,
+        columns: Sequence[Transition],
+        conditioning: Conditioning,
+        settings: Mapping[str, Any],
+        reference: str | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probabilities and divergences (N, S) of S transitions of N rows each, which share their conditioning."""
+        joined = conditioning.joined()
+        parameters = self.denoiser.trainable() if torch.is_grad_enabled() else {}
+        leaves = [*joined.values(), *parameters.values()]
+        rescore = Rescore(
+            denoiser=self.denoiser,
+            transitions=columns,
+            timesteps=self._on(columns[0].x.device, settings["steps_taken"], "latents").timesteps,
+            guided=self.guided,
+            names=list(joined),
+            parameters=parameters,
+            reference=reference,
+        )
+        if not torch.is_grad_enabled():
+            scores, _, _ = rescore.forward(leaves)
+        else:
+            _check_differentiable(leaves, leaves)
+            run = rescore.direct if len(columns) == 1 else lambda leaves: replay.run(rescore, leaves)
+            scores = self.denoiser.synchronised(lambda: run(leaves))
+        return scores[0], None if reference is None else scores[1]
 
 
 def _draw(shape: Sequence[int], generator: torch.Generator | Sequence[torch.Generator] | None, like: Tensor) -> Tensor:

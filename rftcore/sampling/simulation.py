@@ -84,8 +84,8 @@ class Constants(NamedTuple):
 class Simulation:
     """A UNet's twin, whose tensors have shapes and dtypes and no data.
 
-    It evaluates as the sampler does, under the autocast and the attention kernels that hold where it is called. The
-    UNet itself is not run.
+    It evaluates as the sampler does, under the autocast that holds where it is made and the attention kernels that hold
+    where it is called. The UNet itself is not run, and nothing is counted twice.
 
     Args:
         denoiser: of the UNet.
@@ -123,6 +123,8 @@ class Simulation:
         self._given: dict[int, dict[str, Tensor]] = {}
         self._forwards: dict[int, Forward] = {}
         self._steps: dict = {}
+        self._priced: dict[int, list[tuple[str, costs.Item]]] = {}
+        self._constants: dict[tuple[int, int], Constants] = {}
 
     def forward(self, images: int) -> Forward:
         """One evaluation of `images` latents without a graph."""
@@ -150,6 +152,11 @@ class Simulation:
         """The layers' values that can be made again, each with its layer's name; none where nothing is accelerated."""
         if not self.accelerated:
             return []
+        if images not in self._priced:
+            self._priced[images] = self._priced_anew(images)
+        return self._priced[images]
+
+    def _priced_anew(self, images: int) -> list[tuple[str, costs.Item]]:
         size, text = (images * self._rows, *self._size), self._conditioning.get("prompt_embeds")
         options: dict[str, Any] = {"given": self._has_constants}
         if text is not None:
@@ -162,6 +169,11 @@ class Simulation:
         """What is made once for a chain of so many steps."""
         if not self._has_constants:
             return Constants(0, 0, 0, 0)
+        if (images, steps) not in self._constants:
+            self._constants[images, steps] = self._constants_anew(images, steps)
+        return self._constants[images, steps]
+
+    def _constants_anew(self, images: int, steps: int) -> Constants:
         with _without_data(self._mode, self._autocast), torch.enable_grad(), PeakBytes() as live:
             made = self._compute(images, steps)
             values = [*made.text.values(), *made.time.values()]

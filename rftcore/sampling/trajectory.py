@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,6 +10,16 @@ import torch
 from torch import Tensor
 
 from rftcore.sampling.conditioning import Conditioning
+from rftcore.sampling.records import (
+    check_made_with,
+    check_same_settings,
+    destination,
+    row_index,
+    sent,
+    stored,
+    whole_numbers,
+)
+from rftcore.sampling.transitions import Transitions
 
 _TENSORS = ("latents", "states", "timesteps", "log_probs", "stochastic")
 
@@ -44,14 +53,61 @@ class Trajectory:
 
     def __getitem__(self, index: int | slice | Sequence[int] | Tensor) -> Trajectory:
         """Some of the samples, by anything that indexes a dimension; an int keeps the batch dimension."""
-        if hasattr(index, "__index__") and (not isinstance(index, Tensor) or index.ndim == 0):
-            index = operator.index(index)
-            if not -len(self) <= index < len(self):
-                raise IndexError(f"index {index} is out of range for a trajectory of {len(self)} samples.")
-            index = [index]
-        elif not isinstance(index, (slice, Tensor)):
-            index = list(index)
-        return self._map(lambda tensor: tensor[index], lambda states: states[:, index])
+        index = row_index(index, len(self), f"a trajectory of {len(self)} samples")
+
+        def on(tensor: Tensor) -> slice | Tensor:
+            return index if isinstance(index, slice) else sent(index, tensor.device)
+
+        return self._map(lambda tensor: tensor[on(tensor)], lambda states: states[:, on(states)])
+
+    def step_numbers(self, steps: Sequence[int] | Tensor, rows: int | None = None) -> Tensor:
+        """Steps (S,) of all samples, or (B, S) of each sample's own, as (B, S) int64 on the CPU; `rows` instead of B.
+
+        Raises:
+            ValueError: for what are no whole numbers, or of another shape.
+            IndexError: for a step out of range.
+        """
+        rows = len(self) if rows is None else rows
+        numbers = whole_numbers(steps, "steps", "(S,) or (B, S)", (1, 2))
+        if numbers.ndim == 1:
+            numbers = numbers.expand(rows, -1)
+        if numbers.shape[0] != rows:
+            raise ValueError(f"steps has {numbers.shape[0]} rows for {rows} samples; give (S,) or (B, S).")
+        _check_range("steps", numbers, self.states.shape[0] - 1, "steps")
+        return numbers
+
+    def transitions(self, steps: Sequence[int] | Tensor, rows: Sequence[int] | Tensor | None = None) -> Transitions:
+        """Some steps of some samples, as transitions of their own; copies of nothing but these.
+
+        Args:
+            steps: (S,) indices of steps, or (B, S) for steps of each sample's own; one row for each of `rows` where
+                these are given. On the CPU: a device tensor syncs.
+            rows: (R,) indices of the samples, None for all; on the CPU likewise.
+
+        Returns:
+            B S (or R S) transitions, all of the first sample's, then all of the second's.
+
+        Raises:
+            ValueError: for what are no whole numbers, or of another shape.
+            IndexError: for a step or a sample out of range.
+        """
+        if rows is None:
+            rows = torch.arange(len(self))
+        else:
+            rows = whole_numbers(rows, "rows", "(R,)", (1,))
+            _check_range("rows", rows, len(self), "samples")
+        numbers = self.step_numbers(steps, len(rows))
+        taken = numbers.flatten()
+        device = self.states.device
+        rows, steps = (sent(index, device) for index in (rows.repeat_interleave(numbers.shape[1]), taken))
+        return Transitions(
+            x=self.states[steps, rows],
+            next_x=self.states[steps + 1, rows],
+            steps=taken,
+            log_probs=self.log_probs[rows, steps],
+            conditioning=self.conditioning.map(lambda tensor: tensor[rows]),
+            settings=dict(self.settings),
+        )
 
     @staticmethod
     def cat(parts: Sequence[Trajectory]) -> Trajectory:
@@ -64,9 +120,7 @@ class Trajectory:
         if not parts:
             raise ValueError("parts is empty; Trajectory.cat joins at least one trajectory.")
         first = parts[0]
-        for part in parts[1:]:
-            if difference := _difference(first.settings, part.settings):
-                raise ValueError(f"trajectories of different settings do not join: {difference}.")
+        check_same_settings("trajectories", [part.settings for part in parts])
         return dataclasses.replace(
             first,
             latents=torch.cat([part.latents for part in parts]),
@@ -81,13 +135,7 @@ class Trajectory:
         Raises:
             ValueError: when asked for another dtype.
         """
-        # The parser is Tensor.to's own, and the only one that knows all of its forms.
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
-        if dtype is not None:
-            raise ValueError(
-                f"dtype={dtype}: a trajectory keeps its dtypes, because log-probabilities re-scored from rounded "
-                "states are wrong (2.7e-3 in bf16, 27 times DDPO's clip range). Give a device only."
-            )
+        device, non_blocking = destination("a trajectory", *args, **kwargs)
         move = lambda tensor: tensor.to(device, non_blocking=non_blocking)  # noqa: E731
         moved = self._map(move, move)
         return dataclasses.replace(moved, timesteps=move(self.timesteps), stochastic=move(self.stochastic))
@@ -98,14 +146,8 @@ class Trajectory:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only: fit for `torch.save` and `torch.load(weights_only=True)`."""
-        negative = self.conditioning.negative
-        keep = lambda tensor: tensor.detach().clone()  # noqa: E731  a view would be stored with all it is a part of
-        return {
-            **{name: keep(getattr(self, name)) for name in _TENSORS},
-            "positive": {name: keep(tensor) for name, tensor in self.conditioning.positive.items()},
-            "negative": None if negative is None else {name: keep(tensor) for name, tensor in negative.items()},
-            "settings": dict(self.settings),
-        }
+        tensors = {name: stored(getattr(self, name)) for name in _TENSORS}
+        return {**tensors, **self.conditioning.state_dict(), "settings": dict(self.settings)}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Trajectory:
@@ -123,11 +165,7 @@ class Trajectory:
 
     def check_settings(self, settings: dict[str, Any]) -> None:
         """Raises ValueError, naming the differences, unless this is a trajectory of a sampler with `settings`."""
-        if difference := _difference({name: self.settings.get(name) for name in settings}, settings):
-            raise ValueError(
-                f"trajectory was made with other settings than this sampler's: {difference}; "
-                "re-score it with the sampler that made it, or one with the same settings."
-            )
+        check_made_with("trajectory was", self.settings, settings)
 
     def _map(self, function: Callable[[Tensor], Tensor], of_states: Callable[[Tensor], Tensor]) -> Trajectory:
         """`function` on whatever has the batch first, `of_states` on the states."""
@@ -140,6 +178,7 @@ class Trajectory:
         )
 
 
-def _difference(mine: dict[str, Any], theirs: dict[str, Any]) -> str:
-    names = sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
-    return ", ".join(f"{name} {mine.get(name)!r} and {theirs.get(name)!r}" for name in names)
+def _check_range(name: str, numbers: Tensor, count: int, what: str) -> None:
+    outside = numbers[(numbers < 0) | (numbers >= count)]
+    if len(outside):
+        raise IndexError(f"{name} holds {int(outside[0])}; the trajectory has {what} 0 to {count - 1}.")
