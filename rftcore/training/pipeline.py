@@ -20,8 +20,8 @@ from diffusers import (
     UNet2DConditionModel,
     UNet2DModel,
 )
-from huggingface_hub import constants
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from rftcore import digits
 from rftcore.training.config import ModelConfig, SamplingConfig
@@ -111,14 +111,14 @@ def check(pipe: DiffusionPipeline) -> None:
         )
     if unet.config.in_channels != unet.config.out_channels:
         raise UsageError(
-            f"the UNet takes {unet.config.in_channels} channels and gives {unet.config.out_channels}: inpainting, depth "
-            "and learned-variance models are not served; give a model whose UNet predicts the noise alone"
+            f"the UNet takes {unet.config.in_channels} channels and gives {unet.config.out_channels}: inpainting, "
+            "depth and learned-variance models are not served; give a model whose UNet predicts the noise alone"
         )
     given = [key for key in ("class_embed_type", "num_class_embeds") if unet.config.get(key) is not None]
     if given:
         raise UsageError(
-            f"the UNet is conditioned on classes ({given[0]}={unet.config[given[0]]}), which is not served; give a model "
-            "of text or without conditioning"
+            f"the UNet is conditioned on classes ({given[0]}={unet.config[given[0]]}), which is not served; give a "
+            "model of text or without conditioning"
         )
     if kind in _UNCONDITIONAL:
         _check_pixel_space(unet)
@@ -232,16 +232,19 @@ def _why(name: str, config: ModelConfig, error: Exception) -> str:
         if (path / "model_index.json").is_file():
             return str(error)
         return (
-            "the folder holds no model_index.json, so it is no pipeline; give one that pipeline.save_pretrained(folder) "
-            f"wrote{' (this one is a single model, or a LoRA)' if any(path.glob('*.safetensors')) else ''}"
+            "the folder holds no model_index.json, so it is no pipeline; give one that pipeline.save_pretrained(folder)"
+            f" wrote{' (this one is a single model, or a LoRA)' if any(path.glob('*.safetensors')) else ''}"
         )
     if not _is_hub_name(name):
         return "there is no such folder"
+    # diffusers says of a hub that it cannot reach that the repository lacks the file.
+    unreachable = isinstance(error.__context__, LocalEntryNotFoundError)
+    reason = "the hub cannot be reached, and its cache does not hold it" if unreachable else _first_line(error)
     revision = f" --revision {config.revision}" if config.revision else ""
     return (
-        f"there is no such folder here, and from the hub it did not come ({_first_line(error)}). Where there is no "
-        f"network: on a machine with one, run `hf download {name}{revision} --local-dir FOLDER`, copy FOLDER here and set "
-        f"model.pretrained_model_name_or_path to it (or copy that machine's cache into {constants.HF_HUB_CACHE})"
+        f"there is no such folder here, and it did not come from the hub ({reason}). Without network: run "
+        f"`hf download {name}{revision} --local-dir FOLDER` on a machine with one, copy FOLDER here and set "
+        "model.pretrained_model_name_or_path to it"
     )
 
 

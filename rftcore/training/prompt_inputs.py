@@ -18,8 +18,8 @@ class PromptInputs:
     """What `CheckpointedSampler` is called with for any of a run's prompts. Kept on the CPU, given on `device`.
 
     Attributes:
-        positive: prompt -> {"prompt_embeds": (tokens, width)}, and with SDXL {"text_embeds": (width,)} too. Empty for an
-            unconditional model.
+        positive: prompt -> {"prompt_embeds": (tokens, width)}, and with SDXL {"text_embeds": (width,)} too. Empty for
+            an unconditional model.
         negative: the same of the negative prompt.
         pooled: prompt -> (width,), one vector for the whole text.
         time_ids: SDXL's (6,): original size, crop, target size, in pixels; else None.

@@ -99,8 +99,8 @@ def _check_target(unet: UNet, target: str) -> None:
         )
     if blocks := [name for name in found if not isinstance(modules[name], nn.Linear | nn.Conv2d)]:
         raise UsageError(
-            f"lora.target_modules={target!r} is {blocks[0]}, a {type(modules[blocks[0]]).__name__}, and an adapter goes "
-            f"on a Linear or Conv2d layer; {nearest(target, layers)}"
+            f"lora.target_modules={target!r} is {blocks[0]}, a {type(modules[blocks[0]]).__name__}, and an adapter "
+            f"goes on a Linear or Conv2d layer; {nearest(target, layers)}"
         )
 
 
@@ -252,8 +252,8 @@ def _verify_full(unet: UNet, folder: Path) -> float:
     size, difference = torch.linalg.norm(trained), torch.linalg.norm(trained - again)
     if not difference <= 1e3 * torch.finfo(unet.dtype).eps * size:
         raise RunError(
-            f"{path} does not reload: its output differs from the trained UNet's by {difference:.3g}, the output's norm "
-            f"being {size:.3g}. {_LOST}"
+            f"{path} does not reload: its output differs from the trained UNet's by {difference:.3g}, the output's "
+            f"norm being {size:.3g}. {_LOST}"
         )
     return float(difference / size) if size > 0 else 0.0
 
