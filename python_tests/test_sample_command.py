@@ -23,7 +23,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from rftcore import digits, lora_files, sample_command
 from rftcore.digits.vocabulary import write_tokenizer
 from rftcore.sample_options import SCHEDULERS, SampleOptions
-from rftcore.training import lora
+from rftcore.training import weights as training_weights
+from rftcore.training.algorithm_configs import DraftConfig
 from rftcore.training.config import LoraConfig
 from rftcore.training.errors import RunError, UsageError
 
@@ -38,12 +39,13 @@ def loras(tmp_path_factory):
     for seed in range(2):
         folder = tmp_path_factory.mktemp("lora")
         unet = UNet2DConditionModel.from_pretrained(digits.path(), subfolder="unet")
-        lora.attach(unet, LoraConfig(rank=3, alpha=2, target_modules=ENDINGS), seed)
+        config = DraftConfig(lora=LoraConfig(rank=3, alpha=2, target_modules=ENDINGS))
+        training_weights.attach(unet, config, seed)
         torch.manual_seed(seed)
-        for name, parameter in lora.trainable(unet).items():
+        for name, parameter in training_weights.trainable(unet).items():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.05)
-        lora.save(unet, folder)
+        training_weights.save(unet, folder)
         folders.append(folder)
     return folders
 
@@ -92,7 +94,7 @@ def stock(**options):
 
 
 def test_the_images_of_diffusers_with_two_loras(tmp_path, loras):
-    arguments = [f"{loras[0]}:0.7", str(loras[1] / lora.FILE)]
+    arguments = [f"{loras[0]}:0.7", str(loras[1] / training_weights.FILE)]
     found, record = sample(tmp_path / "a", lora=arguments, images_per_prompt=2, batch_size=3, negative_prompt="a five")
     pipe = stock()
     for name, folder in zip("xy", loras, strict=True):
@@ -155,7 +157,7 @@ def test_what_is_written(tmp_path):
 def test_adapters_keep_their_precision_in_a_low_precision_unet(loras):
     pipe = stock(torch_dtype=torch.bfloat16)
     lora_files.load(pipe, [lora_files.parse(str(loras[0]))])
-    weights = load_file(loras[0] / lora.FILE)
+    weights = load_file(loras[0] / training_weights.FILE)
     parameters = dict(pipe.unet.named_parameters())
     assert weights
     for key, value in weights.items():
@@ -166,7 +168,7 @@ def test_adapters_keep_their_precision_in_a_low_precision_unet(loras):
 
 def edited(loras, target, edit):
     """A LoRA file whose state dict `edit` changed."""
-    weights = load_file(loras[0] / lora.FILE)
+    weights = load_file(loras[0] / training_weights.FILE)
     edit(weights)
     save_file(weights, target)
     return str(target)
@@ -208,7 +210,7 @@ def test_loras_that_do_not_fit(edit, message, loras, tmp_path):
 
 
 def test_lora_arguments(loras, tmp_path):
-    file = loras[0] / lora.FILE
+    file = loras[0] / training_weights.FILE
     assert lora_files.parse(f"{loras[0]}:-0.5") == (file, -0.5)
     assert lora_files.parse(str(file)) == (file, 1.0)
     (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
@@ -216,7 +218,7 @@ def test_lora_arguments(loras, tmp_path):
     for argument, message in {
         f"{loras[0]}:much": "'much' is no number",
         f"{loras[0]}:nan": "must be a finite number",
-        str(tmp_path): f"holds no {lora.FILE}",
+        str(tmp_path): f"holds no {training_weights.FILE}",
         str(tmp_path / "none.safetensors"): "there is no file or folder",
         str(tmp_path / "weights.bin"): "is no .safetensors file",
     }.items():

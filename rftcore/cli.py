@@ -12,7 +12,8 @@ from rftcore import __version__, plan_options, sample_options
 from rftcore.prompts import PromptsError
 from rftcore.rewards import RewardSpecError
 from rftcore.training import recipes
-from rftcore.training.config import ALGORITHMS, RunConfig
+from rftcore.training.algorithm_configs import ALGORITHMS
+from rftcore.training.config import RunConfig
 from rftcore.training.errors import Interrupted, RunError, UsageError, nearest
 from rftcore.training.parsing import add_options, build
 

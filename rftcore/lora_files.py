@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rftcore.training.errors import UsageError
-from rftcore.training.lora import FILE
+from rftcore.training.weights import FILE
 
 _COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 

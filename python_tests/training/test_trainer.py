@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from rftcore import cli
 from rftcore.prompts import PromptsError
 from rftcore.rewards import RewardSpecError, declare
-from rftcore.training import RunError, Trainer, UsageError, load_config, lora
+from rftcore.training import RunError, Trainer, UsageError, load_config, weights
 
 
 def lines(folder):
@@ -67,7 +67,7 @@ def test_metrics_lines(finished):
         assert line["train/lr"] == 1e-2
         assert line["train/grad_norm"] > 0
         parts = line["time/sample_s"] + line["time/reward_s"] + line["time/train_s"]
-        assert 0 < parts <= line["time/step_s"]
+        assert 0 < parts <= line["time/epoch_s"]
         assert line["mem/peak_gib"] > 0
     assert before["eval/reward/brightness"] == results["rewards"]["brightness"]["before"]["mean"]
     assert after["eval/reward/contrast"] == results["rewards"]["contrast"]["after"]["mean"]
@@ -116,15 +116,15 @@ def test_reload_verification_refuses_a_lora_that_does_nothing(finished, model, t
     """A file whose B is zero loads without complaint; only comparing outputs finds it."""
     folder, _ = finished
     unet = StableDiffusionPipeline.from_pretrained(model, safety_checker=None).unet
-    lora.attach(unet, tiny.config(model, tmp_path).lora, seed=0)
-    lora.save(unet, tmp_path)
+    weights.attach(unet, tiny.config(model, tmp_path), seed=0)
+    weights.save(unet, tmp_path)
     with torch.no_grad():
-        for parameter in lora.trainable(unet).values():
+        for parameter in weights.trainable(unet).values():
             parameter.add_(0.1)
     with pytest.raises(RunError, match="does not reload"):
-        lora.verify_reload(unet, tmp_path)
-    lora.save(unet, tmp_path)
-    assert lora.verify_reload(unet, tmp_path) < 1e-4
+        weights.verify_reload(unet, tmp_path)
+    weights.save(unet, tmp_path)
+    assert weights.verify_reload(unet, tmp_path) < 1e-4
 
 
 def test_cut_adapter_is_named_on_step_1(model, tmp_path):
@@ -231,7 +231,9 @@ def test_batch_of_8_is_8_accumulated_singles(model, tmp_path):
         train = {"max_train_steps": 2, "batch_size": 8, "gradient_accumulation_steps": accumulation}
         trainer = Trainer(tiny.config(model, tmp_path / str(accumulation), train=train), pipeline=pipeline)
         trainer.train()
-        loras.append(torch.cat([weight.detach().flatten() for weight in lora.trainable(trainer.engine.model).values()]))
+        loras.append(
+            torch.cat([weight.detach().flatten() for weight in weights.trainable(trainer.engine.model).values()])
+        )
     assert loras[0].dtype == torch.float64
     assert torch.linalg.norm(loras[0] - loras[1]) <= 1e-11 * torch.linalg.norm(loras[0])
 

@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from rftcore.digits.vocabulary import write_tokenizer
 from rftcore.rewards import declare
-from rftcore.training.config import DraftConfig
+from rftcore.training.algorithm_configs import DraftConfig
 from rftcore.training.parsing import build
 
 TRAIN_PROMPTS = ["a handwritten one", "a handwritten two", "a handwritten three"]

@@ -4,7 +4,13 @@ from importlib import import_module
 
 # Looked up on first use: the config classes are read by `--help`, which must not wait for torch.
 _HOME = {
-    "DraftConfig": "rftcore.training.config",
+    **{
+        f"{name}Config": "rftcore.training.algorithm_configs"
+        for name in (
+            *("Draft", "DraftLv", "DraftPlus", "Alignprop", "Refl", "Drtune"),
+            *("Ddpo", "Dpok", "Rwr", "Sft"),
+        )
+    },
     "Interrupted": "rftcore.training.errors",
     "RunError": "rftcore.training.errors",
     "Trainer": "rftcore.training.trainer",

@@ -1,4 +1,4 @@
-"""`rftcore check`: one training step and one evaluation of a run, measured before it is started."""
+"""`rftcore check`: an epoch of training and one evaluation of a run, measured before it is started."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 
 from rftcore.sampling import Plan, RewardError
-from rftcore.training import checkpoint, lora
+from rftcore.training import checkpoint, weights
 from rftcore.training.accounting import GIB, peak_gib
 from rftcore.training.config import RunConfig
+from rftcore.training.epoch_log import EpochLog
 from rftcore.training.errors import RunError
 from rftcore.training.guards import check_adapters_learn, trainable_lora_layers
 from rftcore.training.trainer import Trainer
@@ -30,9 +31,10 @@ class Figures:
     elsewhere the process's resident memory); reward points.
 
     Attributes:
-        phases_s: of one step's sampling, reward and training, in a step after the first.
-        step_s: of that whole step.
-        first_step_s: of the first step, with what is compiled, measured and allocated once.
+        phases_s: of an epoch's sampling, reward and training, in one after the first; an epoch is a single optimizer step
+            where the algorithm follows the reward's gradient.
+        epoch_s: of that whole epoch.
+        first_epoch_s: of the first, with what is compiled, measured and allocated once.
         peak_gib: by phase, in their order.
         optimizer_gib: what the optimizer will hold besides; it takes no step here.
         adapted, learning: modules with an adapter, and those of them that receive a gradient.
@@ -42,8 +44,8 @@ class Figures:
 
     phases_s: dict[str, float]
     load_s: float
-    first_step_s: float
-    step_s: float
+    first_epoch_s: float
+    epoch_s: float
     validation_s: float
     checkpoint_s: float
     peak_gib: dict[str, float]
@@ -53,7 +55,7 @@ class Figures:
     rewards: dict[str, float]
     saturated: float
     adapted: int
-    learning: int
+    learning: int | None
     plan: Plan | None
     broken: str | None
 
@@ -63,9 +65,9 @@ def check(
     *,
     reward: Callable | None = None,
     held_out_reward: Callable | None = None,
-    pipeline: StableDiffusionPipeline | None = None,
+    pipeline: DiffusionPipeline | None = None,
 ) -> Figures:
-    """Builds the run, takes two training steps without an optimizer, evaluates once, and prints what that took.
+    """Builds the run, trains for two epochs without an optimizer, evaluates once, and prints what that took.
 
     The output folder is neither read nor written. The arguments are the trainer's.
 
@@ -101,6 +103,8 @@ class _Measurement:
         self.device = trainer.accelerator.device
         self.load_s = self._most(load_s)
         self.peaks: dict[str, float] = {}
+        self.learning: int | None = None
+        self.broken: str | None = None
         self.phase = "loading"
         self._note_peak()
 
@@ -120,17 +124,12 @@ class _Measurement:
 
     def _run(self) -> Figures:
         engine, trainer = self.engine, self.trainer
-        self.phase = "a training step"
-        first_s, _ = self._step(1)
-        learning = self._learning()
-        broken = self._why_broken()
-        trainer.optimizer.zero_grad()
+        self.phase = "training"
+        first_s = self._epoch(1)
         engine.clock.take()
-        step_s, record = self._step(2)
+        epoch_s = self._epoch(2)
         phases = {name: self._most(seconds) for name, seconds in sorted(engine.clock.take().items())}
-        trainer.optimizer.zero_grad()
-        gather = trainer.accelerator.gather
-        scores = gather(torch.stack([record.rewards, record.saturated], dim=1)).double().cpu()  # (B, 2)
+        figures = self.log.over_processes(trainer.accelerator)
         self._note_peak()
         self.phase = "validation"
         started = time.perf_counter()
@@ -140,30 +139,38 @@ class _Measurement:
         return Figures(
             phases_s=phases,
             load_s=self.load_s,
-            first_step_s=first_s,
-            step_s=step_s,
+            first_epoch_s=first_s,
+            epoch_s=epoch_s,
             validation_s=validation_s,
             checkpoint_s=self._checkpoint_s(),
             peak_gib=self.peaks,
             optimizer_gib=self._optimizer_gib(),
-            samples=len(scores),
+            samples=figures.samples,
             validation_images=len(trainer.validation.prompts),
             rewards={name: Mean.of(values).mean for name, values in by_judge.items()},
-            saturated=float(scores[:, 1].mean()),
+            saturated=figures.saturated,
             adapted=len(trainable_lora_layers(engine.model)),
-            learning=learning,
+            learning=self.learning,
             plan=trainer.method.sampler.plan,
-            broken=broken,
+            broken=self.broken,
         )
 
-    def _step(self, step: int):
-        """Seconds and record of one optimizer step, but for the optimizer's own part."""
+    def _epoch(self, epoch: int) -> float:
+        """Seconds of an epoch, but for the optimizer's own part."""
         self.engine.unet.train()
+        self.log, seconds = EpochLog(epoch), 0.0
         self._wait()
         started = time.perf_counter()
-        record = self.trainer.method.accumulate_gradients(step)
-        self._wait()
-        return self._most(time.perf_counter() - started), record
+        for update in self.trainer.method.epoch(epoch):
+            self._wait()
+            seconds += time.perf_counter() - started
+            if self.learning is None and update.skipped is None:
+                self.learning, self.broken = self._learning(), self._why_broken()
+            self.trainer.optimizer.zero_grad()
+            self.log.add(update, 0.0, 0.0)
+            self._wait()
+            started = time.perf_counter()
+        return self._most(seconds)
 
     def _learning(self) -> int:
         """How many adapted modules have a gradient that is not zero."""
@@ -173,19 +180,15 @@ class _Measurement:
         )
 
     def _why_broken(self) -> str | None:
-        gradients = [p.grad for p in lora.trainable(self.engine.model).values() if p.grad is not None]
+        gradients = [p.grad for p in weights.trainable(self.engine.model).values() if p.grad is not None]
         # With fp16's loss scaling an overflow is expected now and then, and skipped.
         if self.trainer.accelerator.scaler is None and not all(bool(g.isfinite().all()) for g in gradients):
             return (
                 "step 1: a gradient is NaN or inf; set mixed_precision=no, or look for a square root, norm or logarithm "
                 "at zero in the reward"
             )
-        part = self.engine.parts(1)[0]
         try:
-            check_adapters_learn(
-                self.engine.model,
-                lambda: self.engine.sample(self.trainer.method.sampler, part.prompts, part.generators),
-            )
+            check_adapters_learn(self.engine.model, lambda: self.trainer.sample_again(1))
         except RunError as error:
             return str(error)
         return None
@@ -196,7 +199,7 @@ class _Measurement:
         if not trainer.accelerator.is_main_process:
             return self._most(0.0)
         trained = checkpoint.Trained(
-            self.engine.model, trainer.optimizer, trainer.lr_scheduler, trainer.accelerator.scaler
+            self.engine.model, trainer.optimizer, trainer.lr_scheduler, trainer.method, trainer.accelerator.scaler
         )
         started = time.perf_counter()
         checkpoint.save(self.folder, trained, trainer.progress, self.engine.config)
@@ -204,7 +207,7 @@ class _Measurement:
 
     def _optimizer_gib(self) -> float:
         """AdamW's two moments of every trained parameter."""
-        return sum(2 * p.nbytes for p in lora.trainable(self.engine.model).values()) / GIB
+        return sum(2 * p.nbytes for p in weights.trainable(self.engine.model).values()) / GIB
 
     def _note_peak(self) -> None:
         if self.device.type == "cuda":
@@ -236,11 +239,11 @@ def checkpoints(config: RunConfig) -> int:
 
 def whole_run_s(config: RunConfig, figures: Figures) -> float:
     """Seconds from the start of a run to its end, as the figures promise."""
-    steps = config.train.max_train_steps
+    epochs = config.train.max_train_steps // config.train.updates_per_epoch
     return (
         figures.load_s
-        + figures.first_step_s
-        + (steps - 1) * figures.step_s
+        + figures.first_epoch_s
+        + (epochs - 1) * figures.epoch_s
         + evaluations(config) * figures.validation_s
         + checkpoints(config) * figures.checkpoint_s
     )
@@ -256,8 +259,8 @@ def report(config: RunConfig, figures: Figures) -> str:
         "peak memory": f"{max(figures.peak_gib.values()):.2f} GiB (up to the end of: {peaks}); "
         f"the optimizer adds {figures.optimizer_gib * 1024:.1f} MiB",
         "plan": str(figures.plan or "nothing is differentiated through the chain"),
-        "step": f"{figures.step_s:.2f} s of {figures.samples} samples ({phases} s); the first took "
-        f"{figures.first_step_s:.2f} s",
+        _period(config): f"{figures.epoch_s:.2f} s of {figures.samples} samples ({phases} s); the first took "
+        f"{figures.first_epoch_s:.2f} s",
         "validation": f"{figures.validation_s:.2f} s of {figures.validation_images} images ({rewards} before training)",
         "checkpoint": f"{figures.checkpoint_s:.2f} s",
         "adapters": f"{figures.learning} of {figures.adapted} modules receive a gradient; "
@@ -266,6 +269,11 @@ def report(config: RunConfig, figures: Figures) -> str:
         f"{checkpoints(config)} checkpoints, {figures.load_s:.1f} s to load",
     }
     return "\n".join(f"{name:<12} {row}" for name, row in rows.items())
+
+
+def _period(config: RunConfig) -> str:
+    updates = config.train.updates_per_epoch
+    return "step" if updates == 1 else f"{updates} steps"
 
 
 def duration(seconds: float) -> str:

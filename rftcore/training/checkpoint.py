@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from rftcore.training import lora
+from rftcore.training import weights
 from rftcore.training.accounting import Counters
 from rftcore.training.config import RunConfig
 from rftcore.training.errors import RunError, UsageError
@@ -56,13 +56,19 @@ class Progress:
 class Trained:
     """The objects whose state changes in training. `scaler` is None outside fp16."""
 
-    unet: UNet2DConditionModel
+    unet: nn.Module
     optimizer: Any
     lr_scheduler: Any
+    method: Any
     scaler: Any = None
 
     def states(self) -> dict[str, Any]:
-        stateful = {"optimizer": self.optimizer, "lr_scheduler": self.lr_scheduler, "scaler": self.scaler}
+        stateful = {
+            "optimizer": self.optimizer,
+            "lr_scheduler": self.lr_scheduler,
+            "method": self.method,
+            "scaler": self.scaler,
+        }
         return {name: thing for name, thing in stateful.items() if thing is not None}
 
 
@@ -108,9 +114,9 @@ def save(output_dir: Path, trained: Trained, progress: Progress, config: RunConf
     shutil.rmtree(partial, ignore_errors=True)
     try:
         partial.mkdir(parents=True)
-        weights = {name: value.detach().cpu().contiguous() for name, value in lora.trainable(trained.unet).items()}
-        save_file(weights, partial / "trainable.safetensors")
-        lora.save(trained.unet, partial)
+        tensors = {name: value.detach().cpu().contiguous() for name, value in weights.trainable(trained.unet).items()}
+        save_file(tensors, partial / "trainable.safetensors")
+        weights.save(trained.unet, partial)
         torch.save({name: thing.state_dict() for name, thing in trained.states().items()}, partial / "state.pt")
         record = {"algorithm": config.algorithm, "config": flat(config), "progress": asdict(progress)}
         (partial / "progress.json").write_text(to_json(record), encoding="utf-8")
@@ -132,15 +138,15 @@ def load(path: Path, trained: Trained, config: RunConfig) -> Progress:
     """Puts a checkpoint's state back. Raises: UsageError when it belongs to another config or another model."""
     record = json.loads((path / "progress.json").read_text(encoding="utf-8"))
     _check_same_run(path, record, config)
-    weights, parameters = load_file(path / "trainable.safetensors"), lora.trainable(trained.unet)
-    fits = weights.keys() == parameters.keys() and all(
-        weights[name].shape == parameters[name].shape for name in weights
+    tensors, parameters = load_file(path / "trainable.safetensors"), weights.trainable(trained.unet)
+    fits = tensors.keys() == parameters.keys() and all(
+        tensors[name].shape == parameters[name].shape for name in tensors
     )
     if not fits:
         raise UsageError(f"{path} was made for another model or adapter: its parameters have other names or shapes")
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+            parameter.copy_(tensors[name])
     states = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
     for name, thing in trained.states().items():
         thing.load_state_dict(states[name])

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from rftcore.training.errors import UsageError
 
+# A bound's name -> how it is said, and its test.
+_BOUNDS = {
+    "at_least": ("at least", operator.ge),
+    "above": ("greater than", operator.gt),
+    "at_most": ("at most", operator.le),
+    "below": ("less than", operator.lt),
+}
 
-def option(default: Any, help: str) -> Any:
-    """A dataclass field with its help text; a mutable default is copied for every instance."""
-    metadata = {"help": help}
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A dataclass field with its help text and the bounds of its value; a mutable default is copied for every instance."""
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    metadata = {"help": help, "bounds": {name: bound for name, bound in bounds.items() if bound is not None}}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -40,49 +58,68 @@ class SamplingConfig:
     scheduler: Literal["ddim", "ddpm", "euler", "euler_ancestral"] = option(
         "ddim", "built from the model's own scheduler config"
     )
-    num_inference_steps: int = option(50, "sampling steps T")
-    guidance_scale: float = option(7.5, "classifier-free guidance; 1.0 runs no negative branch")
-    eta: float | None = option(None, "DDIM's noise level, 0 to 1; null: the scheduler's own (0 for DDIM)")
+    num_inference_steps: int = option(50, "sampling steps T", at_least=1)
+    guidance_scale: float = option(7.5, "classifier-free guidance; 1.0 runs no negative branch", at_least=0)
+    eta: float | None = option(
+        None, "DDIM's noise level, 0 to 1; null: the scheduler's own (0 for DDIM)", at_least=0, at_most=1
+    )
     negative_prompt: str = option("", "prompt of the negative branch")
-    resolution: int | None = option(None, "image side in pixels; null: the model's own")
+    resolution: int | None = option(None, "image side in pixels; null: the model's own", at_least=1)
 
 
 @dataclass
 class TrainConfig:
     """the optimisation"""
 
-    max_train_steps: int = option(2000, "optimizer steps")
-    batch_size: int = option(4, "samples in one optimizer step, over all processes and accumulation steps together")
+    weights: Literal["lora", "full"] = option("lora", "what is trained: an adapter, or every weight of the UNet")
+    max_train_steps: int = option(2000, "optimizer steps", at_least=1)
+    batch_size: int = option(
+        4, "samples in one optimizer step, over all processes and accumulation steps together", at_least=1
+    )
     gradient_accumulation_steps: int = option(
-        1, "parts that each process's share of the batch is computed in: less memory, same gradient"
+        1, "parts that each process's share of the batch is computed in: less memory, same gradient", at_least=1
     )
-    learning_rate: float = option(4e-4, "AdamW's step size")
-    lr_scheduler: Literal["constant", "constant_with_warmup", "linear"] = option(
-        "constant", "constant, or linear decay to 0 at max_train_steps"
+    learning_rate: float = option(4e-4, "AdamW's step size", above=0)
+    lr_scheduler: Literal[
+        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+    ] = option("constant", "diffusers' schedules; those that decay reach their end at max_train_steps")
+    lr_warmup_steps: int = option(0, "optimizer steps of linear warm-up (not for lr_scheduler constant)", at_least=0)
+    lr_num_cycles: int = option(1, "restarts of lr_scheduler cosine_with_restarts", at_least=1)
+    lr_power: float = option(1.0, "of lr_scheduler polynomial", above=0)
+    use_8bit_adam: bool = option(False, "AdamW with 8-bit moments, by bitsandbytes")
+    adam_beta1: float = option(0.9, "AdamW", at_least=0, below=1)
+    adam_beta2: float = option(0.999, "AdamW", at_least=0, below=1)
+    adam_weight_decay: float = option(0.1, "AdamW", at_least=0)
+    adam_epsilon: float = option(1e-8, "AdamW", above=0)
+    max_grad_norm: float | None = option(1.0, "gradient norm is clipped to this; null: not clipped", above=0)
+    ema_decay: float | None = option(
+        None,
+        "an exponential moving average of the trained weights is evaluated and saved; null: none",
+        at_least=0,
+        below=1,
     )
-    lr_warmup_steps: int = option(0, "optimizer steps of linear warm-up (not for lr_scheduler constant)")
-    adam_beta1: float = option(0.9, "AdamW")
-    adam_beta2: float = option(0.999, "AdamW")
-    adam_weight_decay: float = option(0.1, "AdamW")
-    adam_epsilon: float = option(1e-8, "AdamW")
-    max_grad_norm: float | None = option(1.0, "gradient norm is clipped to this; null: not clipped")
 
+    @property
+    def updates_per_epoch(self) -> int:
+        """Optimizer steps from one sampling to the next."""
+        return 1
 
-@dataclass
-class DraftTrainConfig(TrainConfig):
-    """the optimisation"""
+    @property
+    def samples_drawn(self) -> int:
+        """New samples of an epoch, over all processes."""
+        return self.batch_size
 
-    backprop_steps: int | None = option(
-        None, "K: the reward's gradient flows through the last K sampling steps; null: through all of them"
-    )
+    def problems(self, sampling: SamplingConfig) -> list[str]:
+        """What only an algorithm's own options can have wrong; its general ones are the run's to check."""
+        return []
 
 
 @dataclass
 class LoraConfig:
     """the adapter on the UNet (PEFT)"""
 
-    rank: int = option(8, "LoRA rank")
-    alpha: float | None = option(None, "LoRA scale is alpha / rank; null: rank, a scale of 1")
+    rank: int = option(8, "LoRA rank", at_least=1)
+    alpha: float | None = option(None, "LoRA scale is alpha / rank; null: rank, a scale of 1", above=0)
     target_modules: list[str] = option(
         ["to_q", "to_k", "to_v", "to_out.0"], "names, or endings of names, of the adapted modules"
     )
@@ -101,6 +138,7 @@ class MemoryConfig:
     )
     accelerate: bool = option(True, "rftcore's blocks in the UNet and the VAE; false: diffusers' own")
     capture: bool = option(True, "on CUDA, chains are captured and launched as graphs")
+    compile: bool = option(False, "the UNet is run through torch.compile")
 
 
 @dataclass
@@ -113,23 +151,38 @@ class RewardConfig:
     differentiable: bool | None = option(
         None, "declares it for a function that carries no `differentiable` attribute of its own"
     )
-    images_per_call: int = option(1, "images decoded and scored at once: fewer need less memory, more are faster")
+    images_per_call: int = option(
+        1, "images decoded and scored at once: fewer need less memory, more are faster", at_least=1
+    )
+    on_nan: Literal["stop", "drop"] = option(
+        "stop", "where the reward of a sample is NaN or inf: stop the run, or drop that sample and count it"
+    )
 
 
 @dataclass
 class EvalConfig:
     """what is measured before, during and after, always from the same noise"""
 
-    held_out_reward: str | None = option(
-        None, "a judge that is never trained on: a known name or module.function; null: none"
+    held_out_reward: str | list[str] | None = option(
+        None, "judges that are never trained on: known names or module.function; null: none"
     )
     validation_prompts: str | list[str] = option(
         "rftcore.digits.held_out_prompts", "prompts that are not trained on: as for `prompts`"
     )
-    num_validation_images: int = option(4, "images for each validation prompt, each from a seed of its own")
-    validation_steps: int | None = option(None, "also evaluate every so many steps; null: only before and after")
-    batch_size: int = option(8, "images sampled at once on each process")
-    seed: int = option(1000, "of the evaluation's noise, apart from the run's")
+    num_validation_images: int = option(4, "images for each validation prompt, each from a seed of its own", at_least=1)
+    validation_steps: int | None = option(
+        None, "also evaluate every so many steps; null: only before and after", at_least=1
+    )
+    batch_size: int = option(8, "images sampled at once on each process", at_least=1)
+    seed: int = option(1000, "of the evaluation's noise, apart from the run's", at_least=0)
+    lora_scales: list[float] = option(
+        [0.0, 0.25, 0.5, 0.75, 1.0], "scales of the trained adapter that are compared at the end; empty: none"
+    )
+    early_stop_patience: int | None = option(
+        None,
+        "stops after so many evaluations in which the first held-out reward was not its best; null: never",
+        at_least=1,
+    )
 
 
 @dataclass
@@ -139,18 +192,22 @@ class RunConfig:
     algorithm: ClassVar[str]
 
     output_dir: str = option("output", "where everything the run makes is written")
-    seed: int = option(0, "of adapter initialisation, noise, and prompt order")
+    seed: int = option(0, "of adapter initialisation, noise, and prompt order", at_least=0)
     prompts: str | list[str] = option(
         "rftcore.digits.train_prompts",
         "training prompts: a .txt (one a line, # comments) or .jsonl (key prompt) file, module.function, or a list",
     )
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "of the frozen weights; LoRA weights stay fp32")
     cpu_threads: int | None = option(
-        None, "threads of torch's CPU arithmetic in this process; null: torch's own choice"
+        None, "threads of torch's CPU arithmetic in this process; null: torch's own choice", at_least=1
     )
-    report_to: Literal["tensorboard"] | None = option(None, "tracker, beside metrics.jsonl")
-    checkpointing_steps: int = option(500, "a resumable checkpoint every so many steps")
-    checkpoints_total_limit: int | None = option(None, "older checkpoints are removed; null: none is")
+    report_to: str | list[str] | None = option(
+        None, "trackers beside metrics.jsonl, by accelerate's names: tensorboard, wandb, ..."
+    )
+    push_to_hub: bool = option(False, "the result is uploaded to the hub at the end")
+    hub_model_id: str | None = option(None, "repository on the hub; null: the name of output_dir")
+    checkpointing_steps: int = option(500, "a resumable checkpoint every so many steps", at_least=1)
+    checkpoints_total_limit: int | None = option(None, "older checkpoints are removed; null: none is", at_least=1)
     resume_from_checkpoint: str | None = option(None, '"latest" in output_dir, or the path of a checkpoint')
     model: ModelConfig = group(ModelConfig)
     sampling: SamplingConfig = group(SamplingConfig)
@@ -162,56 +219,14 @@ class RunConfig:
 
     def problems(self) -> list[str]:
         """Every value that cannot work, as a sentence that names it, what it is and what is allowed."""
-        sampling, train, lora, evaluation = self.sampling, self.train, self.lora, self.eval
-        at_least_one = {
-            "sampling.num_inference_steps": sampling.num_inference_steps,
-            "sampling.resolution": sampling.resolution,
-            "train.max_train_steps": train.max_train_steps,
-            "train.batch_size": train.batch_size,
-            "train.gradient_accumulation_steps": train.gradient_accumulation_steps,
-            "lora.rank": lora.rank,
-            "reward.images_per_call": self.reward.images_per_call,
-            "eval.num_validation_images": evaluation.num_validation_images,
-            "eval.validation_steps": evaluation.validation_steps,
-            "eval.batch_size": evaluation.batch_size,
-            "cpu_threads": self.cpu_threads,
-            "checkpointing_steps": self.checkpointing_steps,
-            "checkpoints_total_limit": self.checkpoints_total_limit,
-        }
-        positive = {
-            "train.learning_rate": train.learning_rate,
-            "train.adam_epsilon": train.adam_epsilon,
-            "train.max_grad_norm": train.max_grad_norm,
-            "lora.alpha": lora.alpha,
-        }
-        not_negative = {
-            "seed": self.seed,
-            "eval.seed": evaluation.seed,
-            "train.lr_warmup_steps": train.lr_warmup_steps,
-            "train.adam_weight_decay": train.adam_weight_decay,
-            "sampling.guidance_scale": sampling.guidance_scale,
-        }
-        fractions = {"train.adam_beta1": train.adam_beta1, "train.adam_beta2": train.adam_beta2}
-        found = [
-            f"{key}={value} must be at least 1"
-            for key, value in at_least_one.items()
-            if value is not None and value < 1
-        ]
-        found += [
-            f"{key}={value} must be greater than 0"
-            for key, value in positive.items()
-            if value is not None and not value > 0
-        ]
-        found += [f"{key}={value} must not be negative" for key, value in not_negative.items() if not value >= 0]
-        found += [f"{key}={value} must lie in [0, 1)" for key, value in fractions.items() if not 0 <= value < 1]
+        sampling, train, lora = self.sampling, self.train, self.lora
+        found = _out_of_bounds(self)
         if not self.output_dir.strip():
             found.append("output_dir is empty; give the folder that the run may write into")
         if sampling.eta is not None and sampling.scheduler != "ddim":
             found.append(
                 f"sampling.eta={sampling.eta} is DDIM's; leave it null with sampling.scheduler={sampling.scheduler}"
             )
-        elif sampling.eta is not None and not 0 <= sampling.eta <= 1:
-            found.append(f"sampling.eta={sampling.eta} must lie in [0, 1]")
         if train.lr_scheduler == "constant" and train.lr_warmup_steps:
             found.append(
                 f"train.lr_warmup_steps={train.lr_warmup_steps} has no effect with train.lr_scheduler=constant; "
@@ -219,7 +234,19 @@ class RunConfig:
             )
         if not lora.target_modules:
             found.append("lora.target_modules is empty; name at least one module, such as to_q")
-        return found
+        found += train.problems(sampling)
+        return found or self._epoch_problems()
+
+    def _epoch_problems(self) -> list[str]:
+        """A run is a whole number of epochs: their sampling is what its checkpoints lie between."""
+        steps, updates = self.train.max_train_steps, self.train.updates_per_epoch
+        if steps % updates == 0:
+            return []
+        nearest = max(1, round(steps / updates)) * updates
+        return [
+            f"train.max_train_steps={steps} is no whole number of epochs of {updates} optimizer steps; the nearest that "
+            f"is one is {nearest}"
+        ]
 
     def validate(self) -> None:
         """Raises UsageError with every problem found, not only the first."""
@@ -228,39 +255,15 @@ class RunConfig:
             raise UsageError("; ".join(found))
 
 
-@dataclass
-class DraftConfig(RunConfig):
-    """DRaFT (arXiv 2309.17400): the reward's own gradient, through the sampling chain."""
-
-    algorithm: ClassVar[str] = "draft"
-
-    train: DraftTrainConfig = group(DraftTrainConfig)
-
-    def problems(self) -> list[str]:
-        found = super().problems()
-        backprop_steps, steps = self.train.backprop_steps, self.sampling.num_inference_steps
-        if backprop_steps is not None and not 1 <= backprop_steps <= steps:
-            found.append(
-                f"train.backprop_steps={backprop_steps} must lie in [1, sampling.num_inference_steps={steps}], "
-                "or be null for all of them"
-            )
-        return found
-
-
-ALGORITHMS: dict[str, type[RunConfig]] = {kind.algorithm: kind for kind in (DraftConfig,)}
-
-
-def batch_shares(config: RunConfig, processes: int) -> tuple[int, int]:
-    """Samples of one optimizer step on each process, and of each of its accumulation parts.
-
-    Raises: UsageError when the batch does not divide, with the nearest batch that does.
-    """
-    batch, accumulation = config.train.batch_size, config.train.gradient_accumulation_steps
-    parts = processes * accumulation
-    if batch % parts:
-        nearest_batch = max(1, round(batch / parts)) * parts
-        raise UsageError(
-            f"train.batch_size={batch} does not divide into {processes} process(es) x "
-            f"train.gradient_accumulation_steps={accumulation}; the nearest batch that does is {nearest_batch}"
-        )
-    return batch // processes, batch // parts
+def _out_of_bounds(config: Any, prefix: str = "") -> list[str]:
+    """Every number of a config, and of its groups, that lies outside its option's bounds."""
+    found = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            found += _out_of_bounds(value, f"{prefix}{field.name}.")
+        elif value is not None and (bounds := field.metadata.get("bounds")):
+            if not all(_BOUNDS[name][1](value, bound) for name, bound in bounds.items()):
+                allowed = " and ".join(f"{_BOUNDS[name][0]} {bound:g}" for name, bound in bounds.items())
+                found.append(f"{prefix}{field.name}={value} must be {allowed}")
+    return found

@@ -2,37 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, UNet2DConditionModel
-from torch import Tensor
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
 
 from rftcore.rewards import Reward
-from rftcore.sampling import CheckpointedSampler, Plan, Trajectory, score
+from rftcore.sampling import CheckpointedSampler, GradientPath, Plan, Trajectory, score
 from rftcore.training.accounting import Stopwatch
-from rftcore.training.batches import Part, SamplePlan
+from rftcore.training.batches import SamplePlan, Share
 from rftcore.training.config import RunConfig
 from rftcore.training.errors import UsageError
-from rftcore.training.pipeline import PromptEmbeddings
+from rftcore.training.prompt_inputs import PromptInputs
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Samples to be drawn at once: their numbers in the epoch, b prompts and b noise generators."""
+
+    indices: Sequence[int]
+    prompts: list[str]
+    generators: list[torch.Generator]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Rewards (b,) in reward points, NaN where a sample is dropped, and the images' saturated share (b,)."""
+
+    rewards: Tensor
+    saturated: Tensor
+
+    @property
+    def kept(self) -> Tensor:
+        """(b,) whether a sample counts."""
+        return self.rewards.detach().isfinite()
 
 
 @dataclass
 class Engine:
     """The parts of a run, and the few compositions of them that every algorithm needs.
 
-    unet is as accelerate prepared it (DDP-wrapped on several processes); `model` is the UNet inside. memory_plan is that
-    of the run that is resumed.
+    unet is as accelerate prepared it (DDP-wrapped on several processes); `model` is the UNet inside. vae is None for a
+    model of pixels. memory_plan is that of the run that is resumed.
     """
 
     accelerator: Accelerator
     unet: Any
-    vae: AutoencoderKL
+    vae: AutoencoderKL | None
     scheduler: Any
-    embeddings: PromptEmbeddings
+    inputs: PromptInputs
     plan: SamplePlan
     sample_size: int | tuple[int, int]
     reward: Reward
@@ -41,8 +64,26 @@ class Engine:
     memory_plan: Plan | None = None
 
     @property
-    def model(self) -> UNet2DConditionModel:
+    def model(self) -> nn.Module:
         return self.accelerator.unwrap_model(self.unet)
+
+    @property
+    def branches(self) -> int:
+        """UNet evaluations of a sample at one time: those of guidance."""
+        return 1 if self.config.sampling.guidance_scale == 1.0 else 2
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    def share(self, rows: int, accumulation: int = 1) -> Share:
+        """This process's share of as many rows."""
+        return Share(rows, self.accelerator.process_index, self.accelerator.num_processes, accumulation)
+
+    @property
+    def batch_share(self) -> Share:
+        """This process's share of an optimizer step's batch."""
+        return self.share(self.config.train.batch_size, self.config.train.gradient_accumulation_steps)
 
     def sampler(self, **gradient: Any) -> CheckpointedSampler:
         """A sampler with the run's settings; `gradient` is backprop_steps or gradient_path.
@@ -66,23 +107,30 @@ class Engine:
         except (TypeError, ValueError) as error:
             raise UsageError(str(error)) from error
 
-    def parts(self, step: int) -> list[Part]:
-        """This process's share of a step's samples."""
-        return self.plan.parts(
-            step,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-            self.config.train.gradient_accumulation_steps,
+    def samples(self, epoch: int, indices: Sequence[int]) -> Samples:
+        """Samples of an epoch by their numbers."""
+        return Samples(
+            indices,
+            [self.plan.prompt(epoch, index) for index in indices],
+            [self.plan.noise(epoch, index) for index in indices],
         )
 
-    def sample(self, sampler: CheckpointedSampler, prompts: list[str], generators: list) -> Trajectory:
-        """A trajectory of one sample for each prompt, each with noise of its own, in the caller's grad mode."""
-        positive, negative = self.embeddings.batch(prompts)
+    def sample(
+        self, sampler: CheckpointedSampler, samples: Samples, path: GradientPath | None = None, *, merged: bool = False
+    ) -> Trajectory:
+        """A trajectory of the samples, each with noise of its own, in the caller's grad mode."""
         with self.clock.measure("sample"):
-            return sampler(positive, negative, sample_size=self.sample_size, generator=generators)
+            return sampler(
+                **self.inputs.batch(samples.prompts),
+                batch_size=len(samples.prompts),
+                sample_size=self.sample_size,
+                generator=samples.generators,
+                gradient_path=path,
+                merged=merged,
+            )
 
-    def score(self, latents: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor]:
-        """Rewards (b,), differentiable in grad mode, and the saturated share (b,) of the images."""
+    def score(self, latents: Tensor, prompts: list[str]) -> Scores:
+        """Rewards, differentiable in grad mode."""
         with self.clock.measure("reward"):
             rewards, stats = score(
                 self.vae,
@@ -92,15 +140,19 @@ class Engine:
                 images_per_call=self.config.reward.images_per_call,
                 return_stats=True,
             )
-        return rewards, stats["saturated"]
+        return Scores(rewards, stats["saturated"])
 
     @contextmanager
-    def synchronised(self, part: Part) -> Iterator[None]:
-        """Gradients are averaged over processes in the last accumulation part only."""
-        with nullcontext() if part.is_last else self.accelerator.no_sync(self.unet):
+    def synchronised(self, last: bool) -> Iterator[None]:
+        """Gradients are averaged over processes in the last backward of an optimizer step only."""
+        with nullcontext() if last else self.accelerator.no_sync(self.unet):
             yield
 
     def backward(self, loss: Tensor) -> None:
-        """Backpropagates one part's loss, a mean over its samples, as its share of the whole batch's mean."""
+        """Backpropagates a loss that is this process's share of a mean over an optimizer step's batch."""
         with self.clock.measure("train"):
-            self.accelerator.backward(loss / self.config.train.gradient_accumulation_steps)
+            self.accelerator.backward(loss)
+
+    def gathered(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Every process's rows (n, ...) on the CPU, process by process; each must hold as many."""
+        return {name: self.accelerator.gather(column.to(self.device)).cpu() for name, column in rows.items()}

@@ -11,7 +11,8 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
 from rftcore.training import recipes
-from rftcore.training.config import ALGORITHMS, RunConfig
+from rftcore.training.algorithm_configs import ALGORITHMS
+from rftcore.training.config import RunConfig
 from rftcore.training.errors import UsageError, nearest
 
 
@@ -21,25 +22,26 @@ def add_options(parser: ArgumentParser, kind: type[RunConfig]) -> None:
         "--config", action=_recipe_action(kind), help="a recipe's name or a YAML file; flags override it"
     )
     general = parser.add_argument_group("run")
-    types = typing.get_type_hints(kind)
+    types, defaults = typing.get_type_hints(kind), kind()
     for field in dataclasses.fields(kind):
-        if not dataclasses.is_dataclass(types[field.name]):
-            _add_option(general, field.name, types[field.name], field)
+        default = getattr(defaults, field.name)
+        if not dataclasses.is_dataclass(default):
+            _add_option(general, field.name, types[field.name], field, default)
             continue
         title = parser.add_argument_group(f"{field.name}: {types[field.name].__doc__}")
         inner_types = typing.get_type_hints(types[field.name])
-        for inner in dataclasses.fields(types[field.name]):
-            _add_option(title, f"{field.name}.{inner.name}", inner_types[inner.name], inner)
+        for inner in dataclasses.fields(default):
+            _add_option(
+                title, f"{field.name}.{inner.name}", inner_types[inner.name], inner, getattr(default, inner.name)
+            )
 
 
 def build(kind: type[RunConfig], values: dict[str, Any]) -> RunConfig:
     """The validated config that a nested mapping describes. Raises: UsageError."""
     _check_keys(kind, values, source="config")
-    types = typing.get_type_hints(kind)
-    arguments = {
-        key: types[key](**value) if dataclasses.is_dataclass(types[key]) else value for key, value in values.items()
-    }
-    config = kind(**arguments)
+    defaults = kind()
+    groups = {key: getattr(defaults, key) for key in values if dataclasses.is_dataclass(getattr(defaults, key))}
+    config = kind(**{**values, **{key: dataclasses.replace(group, **values[key]) for key, group in groups.items()}})
     config.validate()
     return config
 
@@ -75,8 +77,7 @@ def flat_keys(kind: type[RunConfig]) -> list[str]:
     return keys
 
 
-def _add_option(group: Any, name: str, type_: Any, field: dataclasses.Field) -> None:
-    default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+def _add_option(group: Any, name: str, type_: Any, field: dataclasses.Field, default: Any) -> None:
     group.add_argument(f"--{name}", type=type_, default=default, help=field.metadata["help"].replace("%", "%%"))
 
 

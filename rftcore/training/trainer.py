@@ -12,25 +12,28 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import ProjectConfiguration
-from diffusers import StableDiffusionPipeline
+from accelerate.utils import ProjectConfiguration, set_seed
+from diffusers import DiffusionPipeline
 from diffusers.optimization import get_scheduler
 from PIL import Image
 
 from rftcore import blocks, rewards
 from rftcore import prompts as prompt_sources
 from rftcore.sampling import Plan, RewardError
-from rftcore.training import checkpoint, environment, lora, memory_plan, parsing, pipeline, report
+from rftcore.training import checkpoint, environment, memory_plan, parsing, pipeline, report, weights
 from rftcore.training.accounting import Stopwatch, peak_gib
+from rftcore.training.algorithm_configs import batch_shares
 from rftcore.training.batches import SamplePlan, derived_seed
 from rftcore.training.checkpoint import Progress, Trained
-from rftcore.training.config import RunConfig, batch_shares
+from rftcore.training.config import RunConfig
 from rftcore.training.engine import Engine
+from rftcore.training.epoch_log import EpochLog
 from rftcore.training.errors import Interrupted, RunError, UsageError
 from rftcore.training.guards import check_adapters_learn
 from rftcore.training.interruption import StopRequest
-from rftcore.training.methods import METHODS, StepRecord
+from rftcore.training.methods import METHODS, Update
 from rftcore.training.progress_bar import ProgressBar
+from rftcore.training.prompt_inputs import encode_prompts
 from rftcore.training.run_directory import RunDirectory
 from rftcore.training.validation import Mean, Validation, before_after
 
@@ -58,7 +61,7 @@ class Trainer:
         *,
         reward: Callable | None = None,
         held_out_reward: Callable | None = None,
-        pipeline: StableDiffusionPipeline | None = None,
+        pipeline: DiffusionPipeline | None = None,
     ) -> None:
         self._started = time.perf_counter()
         config.validate()
@@ -82,6 +85,8 @@ class Trainer:
                 f"train.max_train_steps={config.train.max_train_steps} lies before {self._resume_from}; "
                 "give a larger one, or resume from an earlier checkpoint"
             )
+        # Asked of the first gradient after each start.
+        self._learns, self._idle_epochs = False, 0
         self._seconds_before = self.progress.counters.wall_clock_s
 
     def _find_start(self) -> Path | None:
@@ -91,21 +96,34 @@ class Trainer:
             return None
         return checkpoint.find(self.config.resume_from_checkpoint, self.directory.path)
 
-    def _build(self, given: StableDiffusionPipeline | None) -> None:
+    def _build(self, given: DiffusionPipeline | None) -> None:
         config, device = self.config, self.accelerator.device
-        pipe = given if given is not None else pipeline.load(config.model, DTYPES[config.mixed_precision])
-        pipeline.check(pipe)
+        if given is None:
+            pipe = pipeline.load(config.model, DTYPES[config.mixed_precision], weights.master_dtype(config))
+        else:
+            pipe = given
+            pipeline.check(pipe)
+        pipeline.check_sampling(pipe, config.sampling)
+        if pipeline.unconditional(pipe):
+            # Rewards are still given a text for each image.
+            self.train_prompts = self.validation_prompts = [""]
         self._base_model = str(pipe.name_or_path if given is not None else config.model.pretrained_model_name_or_path)
+        self._pipeline_class, vae = type(pipe), pipeline.vae(pipe)
         sample_size = pipeline.sample_size(pipe, config.sampling)
-        embeddings = pipeline.encode_prompts(
-            pipe, [*self.train_prompts, *self.validation_prompts], config.sampling.negative_prompt, device
+        inputs = encode_prompts(
+            pipe,
+            [*self.train_prompts, *self.validation_prompts],
+            config.sampling.negative_prompt,
+            device,
+            sample_size,
         )
-        lora.attach(pipe.unet, config.lora, config.seed)
+        weights.attach(pipe, config, config.seed)
         if config.memory.accelerate:
-            blocks.accelerate(pipe.unet)
-            blocks.accelerate(pipe.vae)
+            for model in (pipe.unet, vae):
+                if model is not None:
+                    blocks.accelerate(model)
         optimizer = torch.optim.AdamW(
-            lora.trainable(pipe.unet).values(),
+            weights.trainable(pipe.unet).values(),
             lr=config.train.learning_rate,
             betas=(config.train.adam_beta1, config.train.adam_beta2),
             weight_decay=config.train.adam_weight_decay,
@@ -122,10 +140,10 @@ class Trainer:
         self.engine = Engine(
             accelerator=self.accelerator,
             unet=unet,
-            vae=pipe.vae.to(device).requires_grad_(False).eval(),
+            vae=None if vae is None else vae.to(device).requires_grad_(False).eval(),
             scheduler=pipeline.scheduler(pipe, config.sampling),
-            embeddings=embeddings,
-            plan=SamplePlan(self.train_prompts, config.train.batch_size, config.seed),
+            inputs=inputs,
+            plan=SamplePlan(self.train_prompts, config.train.samples_drawn, config.seed),
             sample_size=sample_size,
             reward=self.judges[0],
             config=config,
@@ -134,7 +152,9 @@ class Trainer:
         )
         self.method = METHODS[config.algorithm](self.engine)
         self.validation = Validation(self.engine, self.method.sampler, self.validation_prompts, self.judges)
-        self._trained = Trained(self.engine.model, self.optimizer, self.lr_scheduler, self.accelerator.scaler)
+        self._trained = Trained(
+            self.engine.model, self.optimizer, self.lr_scheduler, self.method, self.accelerator.scaler
+        )
 
     def _earlier_plan(self) -> Plan | None:
         """The memory plan of the run that is resumed."""
@@ -151,18 +171,19 @@ class Trainer:
             Interrupted: after SIGINT or SIGTERM, once a checkpoint and the LoRA are saved.
         """
         self._open()
-        first, last = self.progress.step + 1, self.config.train.max_train_steps
+        last, updates = self.config.train.max_train_steps, self.config.train.updates_per_epoch
         self.bar = ProgressBar(last, self.progress.step, enabled=self.accelerator.is_main_process)
         try:
             with StopRequest() as stop:
                 if self.progress.step == 0 and 0 not in self.progress.evaluations:
                     self._evaluate()
                 self._stop_if_asked(stop)
-                for step in range(first, last + 1):
-                    self._step(step, is_first=step == first)
-                    if self._evaluation_due(step):
+                for epoch in range(self.progress.step // updates + 1, last // updates + 1):
+                    before = self.progress.step
+                    self._epoch(epoch)
+                    if self._due(before, self.config.eval.validation_steps):
                         self._evaluate()
-                    if step % self.config.checkpointing_steps == 0 or step == last:
+                    if self._due(before, self.config.checkpointing_steps):
                         self._save_checkpoint()
                     self._stop_if_asked(stop)
                 # A run resumed at its last step takes no step that would have evaluated.
@@ -185,35 +206,59 @@ class Trainer:
             purge = {self.config.report_to: {"purge_step": self.progress.step + 1}}
             self.accelerator.init_trackers("", init_kwargs=purge)
 
-    def _step(self, step: int, *, is_first: bool) -> None:
+    def _epoch(self, epoch: int) -> None:
         started = time.perf_counter()
-        # Dropout is the only user of the global generator: seeded by the step, it needs no place in a checkpoint.
-        torch.manual_seed(derived_seed(self.config.seed, "dropout", step, self.accelerator.process_index))
+        # Dropout and a user's reward may draw from the global generators: seeded by the epoch, they need no place in a
+        # checkpoint.
+        set_seed(derived_seed(self.config.seed, "global", epoch, self.accelerator.process_index) % 2**32)
         self.engine.unet.train()
-        record = self.method.accumulate_gradients(step)
-        if is_first:
-            check_adapters_learn(self.engine.model, lambda: self._sample_again(step))
-            self._write_plan()
-        learning_rate = self.lr_scheduler.get_last_lr()[0]
-        with self.engine.clock.measure("train"):
-            grad_norm = self._update(step)
-        self._account(step, record, grad_norm, learning_rate, started)
+        log = EpochLog(epoch)
+        for update in self.method.epoch(epoch):
+            if not self._learns and update.skipped is None:
+                check_adapters_learn(self.engine.model, lambda: self.sample_again(epoch))
+                self._learns = True
+                self._write_plan()
+            log.add(update, *self._update(update))
+        self._account(log, started)
+        self._stop_if_nothing_is_learnt(log)
+
+    def _stop_if_nothing_is_learnt(self, log: EpochLog) -> None:
+        """Raises RunError, with a checkpoint saved, at the third epoch in a row that had nothing to learn from."""
+        reason = log.nothing_learnt()
+        self._idle_epochs = self._idle_epochs + 1 if reason else 0
+        if reason:
+            self.bar.note(f"epoch {log.epoch}: nothing is learnt, {reason}")
+        if self._idle_epochs == 3:
+            path = self._save_checkpoint()
+            raise RunError(
+                f"three epochs in a row had nothing to learn from: {reason}. Is the reward constant? Draw more samples "
+                f"an epoch, or change the reward; everything is saved in {path}"
+            )
 
     def _write_plan(self) -> None:
         plan = self.method.sampler.plan
         if plan is not None and self.accelerator.is_main_process:
             self.directory.write(memory_plan.NAME, memory_plan.content(plan, self.config))
 
-    def _sample_again(self, step: int) -> None:
-        part = self.engine.parts(step)[0]
-        self.engine.sample(self.method.sampler, part.prompts, part.generators)
+    def sample_again(self, epoch: int) -> None:
+        """One of an epoch's samples, as training draws it."""
+        self.engine.sample(self.method.sampler, self.engine.samples(epoch, self.engine.batch_share.places[:1]))
 
-    def _update(self, step: int) -> float:
-        """Clips, steps, clears; the gradient's norm before clipping."""
+    def _update(self, update: Update) -> tuple[float, float]:
+        """Clips, steps, clears: one optimizer step. The gradient's norm before clipping, and the learning rate."""
+        self.progress.step += 1
+        step, learning_rate = self.progress.step, self.lr_scheduler.get_last_lr()[0]
+        if update.skipped is not None:
+            self.lr_scheduler.step()
+            return 0.0, learning_rate
+        with self.engine.clock.measure("train"):
+            return self._step(step), learning_rate
+
+    def _step(self, step: int) -> float:
         limit = self.config.train.max_grad_norm
         grad_norm = float(
             self.accelerator.clip_grad_norm_(
-                list(lora.trainable(self._trained.unet).values()), math.inf if limit is None else limit
+                list(weights.trainable(self._trained.unet).values()), math.inf if limit is None else limit
             )
         )
         # With fp16's loss scaling an overflow is expected now and then: the scaler skips the step and lowers the scale.
@@ -227,44 +272,39 @@ class Trainer:
         self.optimizer.zero_grad()
         return grad_norm
 
-    def _account(self, step: int, record: StepRecord, grad_norm: float, learning_rate: float, started: float) -> None:
-        gather = self.accelerator.gather
-        scores = gather(torch.stack([record.rewards, record.saturated], dim=1)).cpu().double()  # (B, 2)
-        loss = float(gather(record.losses).cpu().double().mean())
-        peak = self._peak_gib()
-        all_rewards, saturated = scores[:, 0].tolist(), float(scores[:, 1].mean())
+    def _account(self, log: EpochLog, started: float) -> None:
+        """Adds up an epoch over all processes and writes its line."""
+        figures = log.over_processes(self.accelerator)
         counters, name = self.progress.counters, self.judges[0].name
-        self.progress.step = step
-        counters.samples += len(all_rewards)
-        counters.reward_queries += len(all_rewards)
-        counters.unet_evaluations += record.unet_evaluations * self.accelerator.num_processes
+        counters.samples += figures.samples
+        counters.reward_queries += figures.reward_queries
+        counters.unet_evaluations += figures.unet_evaluations
         counters.wall_clock_s = self._wall_clock()
-        mean = Mean.of(all_rewards)
-        seconds = self.engine.clock.take()
+        peak, seconds = self._peak_gib(), self.engine.clock.take()
         self._log(
             {
-                f"reward/{name}/mean": mean.mean,
-                f"reward/{name}/std": mean.standard_error * math.sqrt(len(all_rewards)),
-                "train/loss": loss,
-                "train/grad_norm": grad_norm,
-                "train/lr": learning_rate,
-                "train/saturated": saturated,
+                f"reward/{name}/mean": figures.reward_mean,
+                f"reward/{name}/std": figures.reward_std,
+                **figures.metrics,
+                "train/saturated": figures.saturated,
+                "count/epoch": log.epoch,
                 "count/samples": counters.samples,
                 "count/reward_queries": counters.reward_queries,
                 "count/unet_evaluations": counters.unet_evaluations,
                 "time/sample_s": seconds.get("sample", 0.0),
                 "time/reward_s": seconds.get("reward", 0.0),
                 "time/train_s": seconds.get("train", 0.0),
-                "time/step_s": time.perf_counter() - started,
+                "time/epoch_s": time.perf_counter() - started,
                 "time/wall_clock_s": counters.wall_clock_s,
                 "mem/peak_gib": peak,
             }
         )
-        self.bar.update(step, mean.mean, loss, peak)
+        self.bar.update(self.progress.step, figures.reward_mean, figures.metrics.get("train/loss", math.nan), peak)
 
-    def _evaluation_due(self, step: int) -> bool:
-        every = self.config.eval.validation_steps
-        return step == self.config.train.max_train_steps or (every is not None and step % every == 0)
+    def _due(self, before: int, every: int | None) -> bool:
+        """Whether the epoch since step `before` was the last, or passed a multiple of so many steps."""
+        step = self.progress.step
+        return step == self.config.train.max_train_steps or (every is not None and step // every > before // every)
 
     def _evaluate(self) -> None:
         started, step = time.perf_counter(), self.progress.step
@@ -283,6 +323,8 @@ class Trainer:
         self.bar.note(f"step {step}: {judged} on {len(self.validation.prompts)} held-out images")
 
     def _log(self, metrics: dict[str, float]) -> None:
+        # JSON knows no NaN: what has no value, such as the mean of no rewards, is left out.
+        metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         if self.accelerator.is_main_process:
             self.directory.append_metrics({"step": self.progress.step, **metrics})
         self.accelerator.log(metrics, step=self.progress.step)
@@ -304,7 +346,7 @@ class Trainer:
         if number:
             path = self._save_checkpoint()
             if self.accelerator.is_main_process:
-                lora.save(self.engine.model, self.directory.path)
+                weights.save(self.engine.model, self.directory.path)
             self.accelerator.end_training()
             raise Interrupted(number, str(path))
 
@@ -313,8 +355,8 @@ class Trainer:
         peak, step = self._peak_gib(), self.progress.step
         figures: dict[str, Any] = {}
         if self.accelerator.is_main_process:
-            lora.save(self.engine.model, self.directory.path)
-            reload_error = lora.verify_reload(self.engine.model, self.directory.path)
+            weights.save(self.engine.model, self.directory.path)
+            reload_error = weights.verify_reload(self.engine.model, self.directory.path)
             figures = report.results(
                 self.config,
                 self.progress,

@@ -16,7 +16,7 @@ from torch import Tensor
 from rftcore.rewards import Reward
 from rftcore.sampling import CheckpointedSampler, decode, score
 from rftcore.training.batches import generator
-from rftcore.training.engine import Engine
+from rftcore.training.engine import Engine, Samples
 
 GRID_PROMPTS, GRID_IMAGES = 8, 4
 _CAPTION_WIDTH = 132
@@ -63,7 +63,7 @@ class Validation:
     def _evaluate(self, indices: Sequence[int]) -> list[tuple[int, list[float], Image.Image | None]]:
         prompts = [self.prompts[index] for index in indices]
         noise = [generator(self.engine.config.eval.seed, "validation", index) for index in indices]
-        latents = self.engine.sample(self.sampler, prompts, noise).latents
+        latents = self.engine.sample(self.sampler, Samples(indices, prompts, noise)).latents
         images = torch.cat([decode(self.engine.vae, latent) for latent in latents.split(1)])  # (b, 3, H, W)
         # Scored as the output of a pixel-space model: decoded once for all judges.
         scores = [score(None, images * 2 - 1, judge, prompts, images_per_call=len(prompts)) for judge in self.judges]
