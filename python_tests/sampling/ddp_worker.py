@@ -43,6 +43,20 @@ def policy(unet, part, backward, steps):
     backward(log_prob.mean() + divergence.mean())
 
 
+def own_steps(unet, part, backward, single):
+    """The same of steps that differ from sample to sample, and so from rank to rank."""
+    _, prompts, negatives, noise = problem()
+    sampler = sampler_for(unet, eta=1.0)
+    with torch.no_grad():
+        trajectory = sampler(prompts, negatives, latents=noise, generator=torch.Generator().manual_seed(4))[part]
+    steps = torch.tensor([[2, 0], [1, 1], [0, 2], [0, 0]])[part]
+    if single:
+        log_prob, divergence = sampler.transition_log_prob(trajectory.transitions(steps), reference="exact")
+    else:
+        log_prob, divergence = sampler.log_prob(trajectory, steps, reference="exact")
+    backward(log_prob.mean() + divergence.mean())
+
+
 def gradients(unet):
     found = {name.removeprefix("module."): p.grad.clone() for name, p in unet.named_parameters() if p.grad is not None}
     unet.zero_grad()
@@ -73,6 +87,9 @@ def main(output):
         for steps in ([1], [0, 2]):
             policy(unet, part, accelerator.backward, steps)
             results[f"log_prob {steps}, unused={unused}"] = gradients(unet)
+        for single in (False, True):
+            own_steps(unet, part, accelerator.backward, single)
+            results[f"own steps, transitions={single}, unused={unused}"] = gradients(unet)
         with accelerator.no_sync(unet):
             draft(unet, first, lambda loss: accelerator.backward(loss / 2))
         if accelerator.num_processes > 1:

@@ -26,6 +26,15 @@ def test_two_processes_equal_one(ranks):
             assert error <= 1e-11, f"{case}: {name} is off by {error}"
 
 
+def test_steps_of_each_ranks_own_are_scored_alike(ranks):
+    """One evaluation of all transitions, and one of each column of steps."""
+    for rank in ranks:
+        for unused in (False, True):
+            columns, together = (rank[f"own steps, transitions={single}, unused={unused}"] for single in (False, True))
+            for name, gradient in columns.items():
+                assert (gradient - together[name]).norm() <= 1e-11 * gradient.norm(), name
+
+
 def test_no_sync_is_respected(ranks):
     _, first, second = ranks
     for unused in (False, True):
