@@ -54,9 +54,9 @@ def test_every_figure(measured):
     assert measured.samples == 4 and measured.validation_images == 4
     assert measured.adapted == measured.learning > 0 and measured.broken is None
     assert set(measured.phases_s) == {"reward", "sample", "train"} and all(s > 0 for s in measured.phases_s.values())
-    assert sum(measured.phases_s.values()) <= measured.step_s
+    assert sum(measured.phases_s.values()) <= measured.epoch_s
     peaks = list(measured.peak_gib.values())
-    assert list(measured.peak_gib) == ["loading", "a training step", "validation"] and peaks == sorted(peaks)
+    assert list(measured.peak_gib) == ["loading", "training", "validation"] and peaks == sorted(peaks)
     assert set(measured.rewards) == {"brightness", "digits_held_out"}
     assert 0 <= measured.saturated <= 1
     assert min(measured.load_s, measured.validation_s, measured.checkpoint_s) > 0
@@ -82,9 +82,22 @@ def test_the_whole_runs_seconds(measured):
         saved = [n for n in range(1, last + 1) if n % saving == 0 or n == last]
         assert check.evaluations(run) == len(due) and check.checkpoints(run) == len(saved)
         seconds = check.whole_run_s(run, measured)
-        steps = measured.first_step_s + (last - 1) * measured.step_s
+        steps = measured.first_epoch_s + (last - 1) * measured.epoch_s
         others = len(due) * measured.validation_s + len(saved) * measured.checkpoint_s
         assert math.isclose(seconds, measured.load_s + steps + others)
+
+
+def test_epochs_of_several_steps(measured):
+    """An epoch in which several evaluations fall due evaluates once."""
+    run = load_config("ddpo", "digits_ddpo", "--train.samples_per_epoch=32", "--train.batch_size=8")
+    run.train.max_train_steps, run.train.inner_epochs = 24, 1  # 6 epochs of 4 steps
+    for every, times in ((1, 6), (4, 6), (5, 5), (6, 4), (8, 3), (24, 1), (100, 1), (None, 1)):
+        run.eval.validation_steps = run.checkpointing_steps = every
+        assert check.evaluations(run) == 1 + times and check.checkpoints(run) == times
+    assert math.isclose(
+        check.whole_run_s(run, measured) - measured.load_s - 2 * measured.validation_s - measured.checkpoint_s,
+        measured.first_epoch_s + 5 * measured.epoch_s,
+    )
 
 
 def test_the_report_names_what_a_user_plans_by(measured):
@@ -119,7 +132,7 @@ def test_a_reward_without_a_gradient_is_told_with_the_figures(capsys):
 
 
 def test_out_of_memory_says_where_and_what_to_lower():
-    with pytest.raises(RunError, match=r"ran out of memory in a training step: lower train.batch_size=4 .*7 GiB"):
+    with pytest.raises(RunError, match=r"ran out of memory in training: lower train.batch_size=4 .*7 GiB"):
         check.check(config(), reward=out_of_memory)
 
 

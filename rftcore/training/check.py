@@ -18,7 +18,7 @@ from rftcore.training.accounting import GIB, peak_gib
 from rftcore.training.config import RunConfig
 from rftcore.training.epoch_log import EpochLog
 from rftcore.training.errors import RunError
-from rftcore.training.guards import check_adapters_learn, trainable_lora_layers
+from rftcore.training.guards import check_adapters_learn
 from rftcore.training.trainer import Trainer
 from rftcore.training.validation import Mean
 
@@ -37,7 +37,7 @@ class Figures:
         first_epoch_s: of the first, with what is compiled, measured and allocated once.
         peak_gib: by phase, in their order.
         optimizer_gib: what the optimizer will hold besides; it takes no step here.
-        adapted, learning: modules with an adapter, and those of them that receive a gradient.
+        adapted, learning: modules that are trained, and those of them that receive a gradient.
         plan: what the chain's steps keep, with the peak that was predicted.
         broken: why the run would stop in its first step, or None.
     """
@@ -149,7 +149,7 @@ class _Measurement:
             validation_images=len(trainer.validation.prompts),
             rewards={name: Mean.of(values).mean for name, values in by_judge.items()},
             saturated=figures.saturated,
-            adapted=len(trainable_lora_layers(engine.model)),
+            adapted=len(weights.trained_modules(engine.model)),
             learning=self.learning,
             plan=trainer.method.sampler.plan,
             broken=self.broken,
@@ -173,11 +173,9 @@ class _Measurement:
         return self._most(seconds)
 
     def _learning(self) -> int:
-        """How many adapted modules have a gradient that is not zero."""
-        return sum(
-            any(p.grad is not None and bool(p.grad.any()) for p in layer.parameters() if p.requires_grad)
-            for layer in trainable_lora_layers(self.engine.model).values()
-        )
+        """How many trained modules have a gradient that is not zero."""
+        model = self.engine.model
+        return len(weights.trained_modules(model)) - len(weights.silent(model))
 
     def _why_broken(self) -> str | None:
         gradients = [p.grad for p in weights.trainable(self.engine.model).values() if p.grad is not None]
@@ -228,13 +226,22 @@ class _Measurement:
 
 def evaluations(config: RunConfig) -> int:
     """How often a whole run evaluates: before, every `eval.validation_steps`, and after."""
-    last, every = config.train.max_train_steps, config.eval.validation_steps
-    return 2 if every is None else 2 + (last - 1) // every
+    return 1 + _times(config, config.eval.validation_steps)
 
 
 def checkpoints(config: RunConfig) -> int:
     """How many checkpoints a whole run writes: every `checkpointing_steps`, and at the end."""
-    return 1 + (config.train.max_train_steps - 1) // config.checkpointing_steps
+    return _times(config, config.checkpointing_steps)
+
+
+def _times(config: RunConfig, every: int | None) -> int:
+    """Of a run's epochs, those that are the last or in which a multiple of `every` steps is passed."""
+    updates = config.train.updates_per_epoch
+    epochs = config.train.max_train_steps // updates
+    if every is None:
+        return 1
+    early = sum(epoch * updates // every > (epoch - 1) * updates // every for epoch in range(1, epochs))
+    return early + 1
 
 
 def whole_run_s(config: RunConfig, figures: Figures) -> float:
@@ -263,7 +270,7 @@ def report(config: RunConfig, figures: Figures) -> str:
         f"{figures.first_epoch_s:.2f} s",
         "validation": f"{figures.validation_s:.2f} s of {figures.validation_images} images ({rewards} before training)",
         "checkpoint": f"{figures.checkpoint_s:.2f} s",
-        "adapters": f"{figures.learning} of {figures.adapted} modules receive a gradient; "
+        "learning": f"{figures.learning} of {figures.adapted} modules receive a gradient; "
         f"{figures.saturated:.1%} of the samples' pixel values are clamped",
         "whole run": f"{duration(whole_run_s(config, figures))}: {steps} steps, {evaluations(config)} validations, "
         f"{checkpoints(config)} checkpoints, {figures.load_s:.1f} s to load",

@@ -116,7 +116,9 @@ def save(output_dir: Path, trained: Trained, progress: Progress, config: RunConf
         partial.mkdir(parents=True)
         tensors = {name: value.detach().cpu().contiguous() for name, value in weights.trainable(trained.unet).items()}
         save_file(tensors, partial / "trainable.safetensors")
-        weights.save(trained.unet, partial)
+        # Of a whole UNet, what is trained is all there is.
+        if weights.is_lora(trained.unet):
+            weights.save(trained.unet, partial)
         torch.save({name: thing.state_dict() for name, thing in trained.states().items()}, partial / "state.pt")
         record = {"algorithm": config.algorithm, "config": flat(config), "progress": asdict(progress)}
         (partial / "progress.json").write_text(to_json(record), encoding="utf-8")

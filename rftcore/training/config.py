@@ -45,7 +45,7 @@ class ModelConfig:
     """the pipeline that is fine-tuned"""
 
     pretrained_model_name_or_path: str = option(
-        "rftcore.digits", "a StableDiffusionPipeline: hub name, folder, or rftcore.digits (ships with the package)"
+        "rftcore.digits", "a Stable Diffusion, SDXL or unconditional DDPM pipeline: hub name, folder, or rftcore.digits"
     )
     revision: str | None = option(None, "revision on the hub")
     variant: str | None = option(None, "weight file variant, e.g. fp16")
@@ -197,7 +197,7 @@ class RunConfig:
         "rftcore.digits.train_prompts",
         "training prompts: a .txt (one a line, # comments) or .jsonl (key prompt) file, module.function, or a list",
     )
-    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "of the frozen weights; LoRA weights stay fp32")
+    mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "of the frozen weights; trained ones stay fp32")
     cpu_threads: int | None = option(
         None, "threads of torch's CPU arithmetic in this process; null: torch's own choice", at_least=1
     )
