@@ -155,6 +155,42 @@ def test_bad_rewards(vae, reward, message):
         rftcore.score(vae(), latents, reward, ["x", "y"])
 
 
+@pytest.mark.parametrize("gradient", [True, False])
+def test_an_image_with_a_broken_reward_is_named_among_others(gradient):
+    latents = torch.zeros(3, 3, 4, 4, requires_grad=gradient)
+    latents.data[1:] = float("nan")
+    with pytest.raises(RewardError, match="returned nan for the prompt 'y' and 1 more"):
+        rftcore.score(None, latents, lambda images, *_: images.mean((1, 2, 3)), ["x", "y", "z"], clamp="none")
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_the_device_is_waited_for_once_a_score(gradient, monkeypatch):
+    waits = []
+    for name in ("__bool__", "__float__", "__int__", "item", "tolist"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, real=real, name=name: waits.append(name) or real(self))
+    latents = torch.rand(5, 3, 4, 4, requires_grad=gradient)
+    rftcore.score(None, latents, lambda images, *_: images.mean((1, 2, 3)), ["x"] * 5)
+    assert waits == ["tolist"]
+
+
+def test_only_images_whose_gradient_overflows_in_fp16_are_scored_again():
+    seen = []
+
+    def reward(images, prompts, metadata):
+        seen.append(prompts[0])
+        return (images.half() * float(metadata[0])).float().mean((1, 2, 3)) * images.numel()
+
+    latents = torch.rand(3, 3, 4, 4, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.float16):
+        rewards = rftcore.score(None, latents, reward, ["a", "b", "c"], [1, 100, 2])
+    assert seen == ["a", "b", "c", "b"]
+    (grad,) = torch.autograd.grad(rewards.sum(), latents)
+    assert torch.equal(grad, torch.tensor([0.5, 50, 1]).reshape(-1, 1, 1, 1).expand_as(grad))
+    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(RewardError, match="an overflow in fp16"):
+        rftcore.score(None, latents, lambda *a: reward(*a) * 1e4, ["a", "b", "c"], [1, 100, 2])
+
+
 def test_bad_arguments(vae):
     latents = torch.randn(2, 4, 8, 8, dtype=torch.float64)
     with pytest.raises(ValueError, match="list of 2 strings.*list of length 1"):

@@ -209,7 +209,7 @@ class CheckpointedSampler:
             plan = self._plans.choose(latents, joined, parameters, path.modes, self._captures.bytes)
         on_device = self._on(self.denoiser.device, len(path.modes), path.output)
         # Tables are kept, and so an id is one's own.
-        built_in = (path.modes, path.output, plan and plan.work, id(on_device))
+        built_in = (path, plan and plan.work, id(on_device))
         chain = Chain(
             evaluations=Evaluations(
                 self.denoiser,
@@ -225,7 +225,7 @@ class CheckpointedSampler:
                     built_in,
                     differentiates=differentiate,
                     merged=merged,
-                    passing=differentiate and path.modes != self.gradient_path.needed(latents.requires_grad).modes,
+                    passing=differentiate and path != self.gradient_path.needed(start=latents.requires_grad),
                 ),
                 batch=len(latents),
             ),
