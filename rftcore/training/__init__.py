@@ -11,6 +11,7 @@ _HOME = {
             *("Ddpo", "Dpok", "Rwr", "Sft"),
         )
     },
+    "Callback": "rftcore.training.callbacks",
     "Interrupted": "rftcore.training.errors",
     "RunError": "rftcore.training.errors",
     "Trainer": "rftcore.training.trainer",

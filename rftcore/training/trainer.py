@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from rftcore.training import checkpoint, environment, memory_plan, parsing, pipe
 from rftcore.training.accounting import Stopwatch, peak_gib
 from rftcore.training.algorithm_configs import batch_shares
 from rftcore.training.batches import SamplePlan, derived_seed
+from rftcore.training.callbacks import Callback
 from rftcore.training.checkpoint import Progress, Trained
 from rftcore.training.config import RunConfig
 from rftcore.training.engine import Engine
@@ -49,6 +50,7 @@ class Trainer:
         held_out_reward: a function that replaces `config.eval.held_out_reward`.
         pipeline: replaces `config.model`. It is used in place and keeps its dtype; it loses its text encoder and gains
             the adapter.
+        callbacks: a user's own code at the events of the run.
 
     Raises:
         UsageError, rftcore.rewards.RewardSpecError, rftcore.prompts.PromptsError: when the request cannot work. Nothing
@@ -62,10 +64,12 @@ class Trainer:
         reward: Callable | None = None,
         held_out_reward: Callable | None = None,
         pipeline: DiffusionPipeline | None = None,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
         self._started = time.perf_counter()
         config.validate()
-        self.config = config
+        self.config, self.callbacks = config, list(callbacks)
+        self._stop_reason: str | None = None
         if config.cpu_threads is not None:
             torch.set_num_threads(config.cpu_threads)
         self.judges = _judges(config, reward, held_out_reward)
@@ -174,6 +178,7 @@ class Trainer:
         last, updates = self.config.train.max_train_steps, self.config.train.updates_per_epoch
         self.bar = ProgressBar(last, self.progress.step, enabled=self.accelerator.is_main_process)
         try:
+            self._tell("on_train_begin")
             with StopRequest() as stop:
                 if self.progress.step == 0 and 0 not in self.progress.evaluations:
                     self._evaluate()
@@ -181,19 +186,32 @@ class Trainer:
                 for epoch in range(self.progress.step // updates + 1, last // updates + 1):
                     before = self.progress.step
                     self._epoch(epoch)
-                    if self._due(before, self.config.eval.validation_steps):
+                    if self._stop_reason or self._due(before, self.config.eval.validation_steps):
                         self._evaluate()
-                    if self._due(before, self.config.checkpointing_steps):
+                    if self._stop_reason or self._due(before, self.config.checkpointing_steps):
                         self._save_checkpoint()
                     self._stop_if_asked(stop)
+                    if self._stop_reason:
+                        self.bar.note(f"stopped after step {self.progress.step}: {self._stop_reason}")
+                        break
                 # A run resumed at its last step takes no step that would have evaluated.
-                if last not in self.progress.evaluations:
+                if self.progress.step not in self.progress.evaluations:
                     self._evaluate()
-                return self._finish()
+                results = self._finish()
+                self._tell("on_train_end", results)
+                return results
         except RewardError as error:
             raise RunError(str(error)) from error
         finally:
             self.bar.close()
+
+    def stop(self, reason: str) -> None:
+        """Ends the run after this epoch, as if it had reached its last step. To be called on every process alike."""
+        self._stop_reason = reason
+
+    def _tell(self, event: str, *given: Any) -> None:
+        for callback in self.callbacks:
+            getattr(callback, event)(self, *given)
 
     def _open(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -281,7 +299,7 @@ class Trainer:
         counters.unet_evaluations += figures.unet_evaluations
         counters.wall_clock_s = self._wall_clock()
         peak, seconds = self._peak_gib(), self.engine.clock.take()
-        self._log(
+        metrics = self._log(
             {
                 f"reward/{name}/mean": figures.reward_mean,
                 f"reward/{name}/std": figures.reward_std,
@@ -299,6 +317,7 @@ class Trainer:
                 "mem/peak_gib": peak,
             }
         )
+        self._tell("on_epoch_end", metrics)
         self.bar.update(self.progress.step, figures.reward_mean, figures.metrics.get("train/loss", math.nan), peak)
 
     def _due(self, before: int, every: int | None) -> bool:
@@ -314,20 +333,23 @@ class Trainer:
         means = {name: Mean.of(values) for name, values in scores.items()}
         if self.accelerator.is_main_process:
             self.directory.write(self.directory.sample_grid(step), _png(grid))
-        self._log(
+        metrics = self._log(
             {f"eval/reward/{name}": mean.mean for name, mean in means.items()}
             | {f"eval/reward/{name}/standard_error": mean.standard_error for name, mean in means.items()}
             | {"time/eval_s": time.perf_counter() - started}
         )
+        self._tell("on_evaluate", metrics)
         judged = "  ".join(f"{name} {mean.mean:.3f} ± {mean.standard_error:.3f}" for name, mean in means.items())
         self.bar.note(f"step {step}: {judged} on {len(self.validation.prompts)} held-out images")
 
-    def _log(self, metrics: dict[str, float]) -> None:
+    def _log(self, metrics: dict[str, float]) -> dict[str, float]:
+        """Writes a line of metrics.jsonl, and gives it back."""
         # JSON knows no NaN: what has no value, such as the mean of no rewards, is left out.
         metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}
         if self.accelerator.is_main_process:
             self.directory.append_metrics({"step": self.progress.step, **metrics})
         self.accelerator.log(metrics, step=self.progress.step)
+        return metrics
 
     def _save_checkpoint(self) -> Path:
         """Saved by the main process; the others wait, so that none leaves before the run is safe."""
@@ -337,6 +359,7 @@ class Trainer:
             checkpoint.save(self.directory.path, self._trained, self.progress, self.config)
             checkpoint.rotate(self.directory.path, self.config.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
+        self._tell("on_save", path)
         return path
 
     def _stop_if_asked(self, stop: StopRequest) -> None:
