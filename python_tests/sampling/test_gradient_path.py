@@ -20,7 +20,7 @@ def chain(make_unet, make_scheduler, conditioning):
     parameters = [p for p in unet.parameters() if p.requires_grad]
     prompts = torch.cat([given["negative_prompt_embeds"], given["prompt_embeds"]])
 
-    def by_hand(modes, output="latents"):
+    def by_hand(modes, output="latents", guidance="both"):
         x = noise
         for step, mode in enumerate(modes):
             c = sampler.table.coefficients[step]
@@ -31,6 +31,9 @@ def chain(make_unet, make_scheduler, conditioning):
                 torch.cat([seen, seen]), sampler.table.timesteps[step], prompts, return_dict=False
             )[0].chunk(2)
             m = negative + GUIDANCE * (positive - negative)
+            if guidance == "positive":
+                # FlowBP's: the negative branch detached, the gradient divided by the scale.
+                m = m.detach() + (GUIDANCE * positive - (GUIDANCE * positive).detach()) / GUIDANCE
             if mode in ("none", "detach_eps"):
                 m = m.detach()
             x0 = (c[Coefficient.X0_FROM_SAMPLE] * x + c[Coefficient.X0_FROM_OUTPUT] * m).clamp(-2, 2)
@@ -52,12 +55,13 @@ def chain(make_unet, make_scheduler, conditioning):
     ("none", "detach_input", "detach_eps", "detach_eps"),
     ("detach_eps",) * 4,
 ])  # fmt: skip
-@pytest.mark.parametrize("output", ["latents", "x0"])
-def test_modes(chain, modes, output):
+@pytest.mark.parametrize(("output", "guidance"), [("latents", "both"), ("x0", "both"), ("latents", "positive")])
+def test_modes(chain, modes, output, guidance):
     sampler, given, noise, parameters, by_hand = chain
     weight = torch.randn_like(noise)
-    truth = by_hand(modes, output)
-    trajectory = sampler(**given, latents=noise, gradient_path=GradientPath(modes, output=output))
+    truth = by_hand(modes, output, guidance)
+    path = GradientPath(modes, output=output, guidance=guidance)
+    trajectory = sampler(**given, latents=noise, gradient_path=path)
     torch.testing.assert_close(trajectory.latents, truth, rtol=1e-12, atol=1e-12)
     expected = torch.autograd.grad((truth * weight).sum(), [noise, *parameters], allow_unused=True)
     found = torch.autograd.grad((trajectory.latents * weight).sum(), [noise, *parameters], allow_unused=True)
@@ -122,3 +126,24 @@ def test_path_must_fit_the_sampler(chain):
         sampler(**given, gradient_path=GradientPath(("full",) * 3))
     with pytest.raises(ValueError, match="stop=5 is beyond"):
         sampler(**given, gradient_path=GradientPath(("full",) * 5, stop=5))
+
+
+def test_one_evaluation_through_the_positive_branch(chain):
+    """`predict` gives the same value, and the positive branch's own gradient."""
+    sampler, given, noise, parameters, _ = chain
+    x, t = noise.detach().requires_grad_(), 500
+    output = sampler.predict(x, t, **given, guidance_gradient="positive")
+    assert torch.allclose(output, sampler.predict(x, t, **given), rtol=0, atol=1e-14)
+    weight = torch.randn_like(output)
+    ours = torch.autograd.grad((output * weight).sum(), [x, *parameters])
+    alone = sampler.denoiser.module(x, t, given["prompt_embeds"], return_dict=False)[0]
+    truth = torch.autograd.grad((alone * weight).sum(), [x, *parameters])
+    assert all((a - b).norm() <= 1e-11 * b.norm() for a, b in zip(ours, truth, strict=True))
+
+
+def test_unknown_branches_are_refused(chain):
+    sampler, given, noise, *_ = chain
+    with pytest.raises(ValueError, match="guidance='negative' is not known; allowed are 'both', 'positive'"):
+        GradientPath(("full",), guidance="negative")
+    with pytest.raises(ValueError, match="guidance_gradient='negative' is not known"):
+        sampler.predict(noise, 500, **given, guidance_gradient="negative")

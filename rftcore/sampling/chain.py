@@ -103,6 +103,8 @@ class Chain:
         grad_x, grad_output = gradients([next_x], [grad], [x_leaf, output])
         if mode == "detach_eps":
             return grad_x
+        if self.evaluations.guided and self.path.guidance == "positive":
+            grad_output = _of_positive_branch(grad_output)
         through_the_model = self.evaluations.backward(step, x, grad_output, self._model_input_needed(step))
         return grad_x if through_the_model is None else grad_x + through_the_model
 
@@ -119,3 +121,10 @@ class Chain:
 
     def _explained(self, where: str):
         return explained(where, self.evaluations.plan, self.evaluations.release)
+
+
+def _of_positive_branch(grad: Tensor) -> Tensor:
+    """Of a gradient (2B, ...) at both branches' outputs, that of the guided output, given to the positive branch."""
+    # The branches' weights, 1 - w and w, add up to 1.
+    negative, positive = grad.chunk(2)
+    return torch.cat([torch.zeros_like(negative), negative + positive])

@@ -94,7 +94,7 @@ class Evaluations:
         batch: int,
     ) -> None:
         self.denoiser, self.parameters, self.plan = denoiser, parameters, plan
-        self._guided, self._timesteps, self._scales, self._batch = guided, timesteps, input_scales, batch
+        self.guided, self._timesteps, self._scales, self._batch = guided, timesteps, input_scales, batch
         self._run = run
         self._random: dict[int, RandomState] = {}
         self._kept: dict[int, Kept] = {}
@@ -256,7 +256,7 @@ class Evaluations:
             x = x * _row(self._scales, step)
         with once.given(self.denoiser.model, given) if given else contextlib.nullcontext():
             t = _row(self._timesteps, step)
-            return self.denoiser(x, t, conditioning, guided=self._guided, parameters=leaves.stand_ins)
+            return self.denoiser(x, t, conditioning, guided=self.guided, parameters=leaves.stand_ins)
 
     def _with_graph(self, step, x: Tensor, x_needed: bool, level, images: slice | None = None) -> Kept:
         x = (x if images is None else x[images]).detach().requires_grad_(x_needed)

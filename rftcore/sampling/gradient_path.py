@@ -9,6 +9,7 @@ from typing import Any
 
 MODES = ("none", "full", "detach_x", "detach_eps", "detach_input")
 OUTPUTS = ("latents", "x0")
+GUIDANCES = ("both", "positive")
 
 
 def is_whole(number: Any) -> bool:
@@ -32,14 +33,18 @@ class GradientPath:
         modes: one of the above for every step that is taken.
         stop: how many steps are taken, None for all of the sampler's (ReFL and DRTune stop early).
         output: what the last step gives: "latents", its next state, or "x0", its predicted x0.
+        guidance: the branches of guidance that the gradient flows through, where there is guidance: "both", the exact
+            gradient, or "positive": the negative branch is a constant, and the other's gradient is divided by the
+            guidance scale, as if the UNet's output were the positive branch's (FlowBP's default; biased).
 
     Raises:
-        ValueError: for an unknown mode or output, or when `modes` and `stop` do not agree.
+        ValueError: for an unknown mode, output or guidance, or when `modes` and `stop` do not agree.
     """
 
     modes: tuple[str, ...]
     stop: int | None = None
     output: str = "latents"
+    guidance: str = "both"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "modes", tuple(self.modes))
@@ -51,6 +56,10 @@ class GradientPath:
         if self.output not in OUTPUTS:
             raise ValueError(
                 f"gradient_path.output={self.output!r} is not known; allowed are {', '.join(map(repr, OUTPUTS))}."
+            )
+        if self.guidance not in GUIDANCES:
+            raise ValueError(
+                f"gradient_path.guidance={self.guidance!r} is not known; allowed are {', '.join(map(repr, GUIDANCES))}."
             )
         if not self.modes:
             raise ValueError("gradient_path.modes is empty; it needs one mode for every step that is taken.")

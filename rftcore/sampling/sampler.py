@@ -23,7 +23,7 @@ from rftcore.sampling.conditioning import Conditioning
 from rftcore.sampling.denoiser import Denoiser
 from rftcore.sampling.device_table import DeviceTable
 from rftcore.sampling.evaluations import Evaluations
-from rftcore.sampling.gradient_path import GradientPath
+from rftcore.sampling.gradient_path import GUIDANCES, GradientPath
 from rftcore.sampling.merged import merged as merged_weights
 from rftcore.sampling.plan import Plan
 from rftcore.sampling.plans import Plans
@@ -336,6 +336,7 @@ class CheckpointedSampler:
         added_cond_kwargs: Mapping[str, Tensor] | None = None,
         negative_added_cond_kwargs: Mapping[str, Tensor] | None = None,
         adapter: bool = True,
+        guidance_gradient: str = "both",
     ) -> Tensor:
         """One guided evaluation of the UNet, in plain autograd and the caller's grad mode.
 
@@ -343,10 +344,18 @@ class CheckpointedSampler:
             x_t: (B, C, h, w) state, as the scheduler's states are (Euler's are given to the UNet scaled).
             t: the model's time, one for all or (B,); of a scheduler that scales its states, a time of its steps.
             adapter: False evaluates the base model.
+            guidance_gradient: as `GradientPath.guidance`.
 
         Returns:
             (B, C, h, w) the guided model output, of the scheduler's prediction type, in the states' dtype.
+
+        Raises:
+            ValueError: as the sampler's call; for an unknown guidance_gradient.
         """
+        if guidance_gradient not in GUIDANCES:
+            raise ValueError(
+                f"guidance_gradient={guidance_gradient!r} is not known; allowed are {', '.join(map(repr, GUIDANCES))}."
+            )
         conditioning = self._conditioning(
             prompt_embeds, negative_prompt_embeds, added_cond_kwargs, negative_added_cond_kwargs
         )
@@ -367,7 +376,9 @@ class CheckpointedSampler:
         if not self.guided:
             return output
         negative, positive = output.chunk(2)
-        return negative + self.settings["guidance_scale"] * (positive - negative)
+        guided = negative + self.settings["guidance_scale"] * (positive - negative)
+        # The same value, with the positive branch's gradient.
+        return guided if guidance_gradient == "both" else guided.detach() + (positive - positive.detach())
 
     def _conditioning(self, *given) -> Conditioning:
         conditioning = Conditioning.build(*given, guided=self.guided)

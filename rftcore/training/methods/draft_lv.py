@@ -46,7 +46,7 @@ class DraftLv(RewardGradient):
             noise = torch.stack([torch.randn(x_0.shape[1:], generator=source, dtype=x_0.dtype) for source in sources])
             x_1 = renoise(x_0, noise.to(x_0.device), alpha_bar_1)
             with engine.clock.measure("sample"):
-                output = self.sampler.predict(x_1, t_1, **engine.inputs.batch(samples.prompts))
+                output = self.predict(x_1, t_1, **engine.inputs.batch(samples.prompts))
             tally.unet_evaluations += len(x_1) * self.engine.branches
             scores = engine.score(denoise(x_1, output, alpha_bar_1, config.prediction_type), samples.prompts)
             tally.reward_queries += len(x_1)

@@ -37,8 +37,8 @@ class DraftPlus(Draft):
             x_t, t = trajectory.states[step], trajectory.timesteps[step]
             with engine.clock.measure("sample"):
                 with torch.no_grad():
-                    base = self.sampler.predict(x_t, t, **given, adapter=False)
-                d = divergence(self.sampler.predict(x_t, t, **given), base)
+                    base = self.predict(x_t, t, **given, adapter=False)
+                d = divergence(self.predict(x_t, t, **given), base)
             tally.unet_evaluations += 2 * len(x_t) * self.engine.branches
             tally.note("train/divergence", d)
             yield weight * d.mean()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +38,7 @@ class RewardGradient:
         self.engine, self.train = engine, engine.config.train
         self.steps = engine.config.sampling.num_inference_steps
         self.sampler = engine.sampler(backprop_steps=None)
+        self.predict = functools.partial(self.sampler.predict, guidance_gradient=self.train.guidance_gradient)
 
     @classmethod
     def check_reward(cls, reward: Reward) -> None:
@@ -88,8 +90,6 @@ class RewardGradient:
         path = self.path(source)
         while not path.reaches_model:
             path = self.path(source)
-        if self.train.guidance_gradient == "both":
-            return path
         return dataclasses.replace(path, guidance=self.train.guidance_gradient)
 
     def _evaluations(self, samples: int, path: GradientPath) -> int:
