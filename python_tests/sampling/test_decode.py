@@ -159,8 +159,52 @@ def test_bad_rewards(vae, reward, message):
 def test_an_image_with_a_broken_reward_is_named_among_others(gradient):
     latents = torch.zeros(3, 3, 4, 4, requires_grad=gradient)
     latents.data[1:] = float("nan")
-    with pytest.raises(RewardError, match="returned nan for the prompt 'y' and 1 more"):
+    with pytest.raises(RewardError, match=r"returned nan for the prompt 'y' and 1 more \('z'\)"):
         rftcore.score(None, latents, lambda images, *_: images.mean((1, 2, 3)), ["x", "y", "z"], clamp="none")
+
+
+@pytest.mark.parametrize("images_per_call", [1, 2, 4])
+def test_dropped_samples_have_no_reward_and_no_gradient(vae, images_per_call):
+    """The others' rewards and gradients are those of a score without them, whatever is made of the dropped ones'."""
+
+    def reward(images, prompts, metadata):
+        return torch.stack([rewards_of[prompt](image.mean()) for image, prompt in zip(images, prompts, strict=True)])
+
+    rewards_of = {
+        "nan": lambda mean: mean * float("nan"),
+        "inf": lambda mean: mean / 0.0,
+        "steep": lambda mean: (mean * 0).sqrt(),
+        "sound": lambda mean: mean,
+    }
+
+    decoder, prompts, settings = vae(), ["nan", "sound", "inf", "steep", "sound"], {"images_per_call": images_per_call}
+    latents = torch.randn(5, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+    rewards, stats = rftcore.score(decoder, latents, reward, prompts, **settings, on_nan="drop", return_stats=True)
+    assert stats["dropped"].tolist() == rewards.isnan().tolist() == [True, False, True, True, False]
+    (gradient,) = torch.autograd.grad((rewards * torch.arange(5)).nansum(), latents, retain_graph=True)
+    (unmasked,) = torch.autograd.grad((rewards * torch.arange(5)).square().nansum(), latents)
+    assert torch.equal(unmasked[[0, 2, 3]], torch.zeros_like(unmasked[[0, 2, 3]])), "a gradient of NaN arrives there"
+    alone = latents.detach()[[1, 4]].requires_grad_()
+    expected = rftcore.score(decoder, alone, reward, ["sound"] * 2)
+    torch.testing.assert_close(rewards[[1, 4]], expected, rtol=1e-12, atol=0)
+    (expected_gradient,) = torch.autograd.grad(expected[0] + 4 * expected[1], alone)
+    torch.testing.assert_close(gradient[[1, 4]], expected_gradient, rtol=1e-11, atol=1e-13)
+    assert torch.equal(gradient[[0, 2, 3]], torch.zeros_like(gradient[[0, 2, 3]]))
+    with torch.no_grad():
+        measured = rftcore.score(decoder, latents, reward, prompts, **settings, on_nan="drop")
+    assert measured.isnan().tolist() == [True, False, True, False, False], "a steep reward is none that is missing"
+
+
+def test_dropping_gives_a_smaller_scale_of_fp16_its_chance():
+    def reward(images, prompts, metadata):
+        return (images.half() * float(metadata[0])).float().mean((1, 2, 3)) * images.numel()
+
+    latents = torch.rand(3, 3, 4, 4, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.float16):
+        rewards = rftcore.score(None, latents, reward, ["a"] * 3, [1, 100, 1e6], on_nan="drop")
+    assert rewards.isnan().tolist() == [False, False, True]
+    (gradient,) = torch.autograd.grad(rewards.nansum(), latents)
+    assert torch.equal(gradient, torch.tensor([0.5, 50, 0]).reshape(-1, 1, 1, 1).expand_as(gradient))
 
 
 @pytest.mark.parametrize("gradient", [True, False])
@@ -199,6 +243,8 @@ def test_bad_arguments(vae):
         rftcore.score(vae(), latents, brightness_of_top, "xy")
     with pytest.raises(ValueError, match="metadata"):
         rftcore.score(vae(), latents, brightness_of_top, ["x", "y"], [1])
+    with pytest.raises(ValueError, match="on_nan='skip' is not known; allowed are 'stop', 'drop'"):
+        rftcore.score(vae(), latents, brightness_of_top, ["x", "y"], on_nan="skip")
     with pytest.raises(ValueError, match="images_per_call=0"):
         rftcore.score(vae(), latents, brightness_of_top, ["x", "y"], images_per_call=0)
     with torch.inference_mode():

@@ -13,10 +13,13 @@ from rftcore.sampling.ambient import Ambient
 from rftcore.sampling.gradient_path import is_whole
 
 CLAMPS = ("hard", "straight_through", "none")
+ON_NAN = ("stop", "drop")
 
 # A decoder's gradients lie near 1e-6 for an image of 512 px, below fp16's normal range. Powers of two are exact; the
 # second is for rewards whose own gradient is large.
 _FP16_GRADIENT_SCALES = (2.0**12, 1.0)
+# Prompts that an error names.
+_NAMED = 8
 
 
 class RewardError(ValueError):
@@ -128,6 +131,7 @@ def score(
     *,
     images_per_call: int = 1,
     clamp: str = "hard",
+    on_nan: str = "stop",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """Rewards of latents, differentiable, on the memory of one image.
@@ -137,18 +141,21 @@ def score(
     reward that looks at the whole batch together use `decode`.
 
     Args:
-        vae, latents, clamp, return_stats: as in `decode`.
+        vae, latents, clamp: as in `decode`.
         reward: (images (b, 3, H, W) in [0, 1], prompts, metadata) -> (b,), in reward points.
         prompts: B strings.
         metadata: B values handed to the reward, or None.
         images_per_call: b, how many images are decoded and scored together.
+        on_nan: what a reward of NaN or inf, or a gradient of one, means: "stop" raises; "drop" gives NaN for that
+            sample, whose gradient is exactly zero.
+        return_stats: also give {"saturated": (B,), "dropped": (B,)}: as in `decode`, and which samples were dropped.
 
     Returns:
         (B,) rewards in the latents' dtype, and the stats if asked for.
 
     Raises:
-        RewardError: when the reward returns a wrong shape, NaN or inf, or, under grad mode, is declared or found
-            not to be differentiable.
+        RewardError: when the reward returns a wrong shape or, unless they are dropped, NaN or inf, or, under grad mode,
+            is declared or found not to be differentiable.
         ValueError: for arguments that do not fit.
     """
     count = latents.shape[0]
@@ -158,6 +165,8 @@ def score(
         raise ValueError(f"prompts must be a list of {count} strings, one for each latent, got {_describe(prompts)}.")
     if metadata is not None and len(metadata) != count:
         raise ValueError(f"metadata must hold one value for each of the {count} latents, got {len(metadata)}.")
+    if on_nan not in ON_NAN:
+        raise ValueError(f"on_nan={on_nan!r} is not known; allowed are {', '.join(map(repr, ON_NAN))}.")
     parts = _parts(count, images_per_call)
     differentiate = torch.is_grad_enabled() and latents.requires_grad
     if differentiate and not getattr(reward, "differentiable", True):
@@ -178,14 +187,18 @@ def score(
         return rewards, saturated
 
     if differentiate:
-        rewards, saturated = _Score.apply(evaluate, reward, prompts, parts, _runs_in_fp16(vae, latents), latents)
+        rewards, saturated, dropped = _Score.apply(
+            evaluate, reward, prompts, parts, on_nan, _runs_in_fp16(vae, latents), latents
+        )
     else:
         with torch.no_grad():
             pairs = [evaluate(part, latents[part]) for part in parts]
         rewards, saturated = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
-        _check_finite(reward, rewards, prompts, rewards.isfinite().tolist())
-        rewards, saturated = rewards.to(latents), saturated.to(latents)
-    return (rewards, {"saturated": saturated}) if return_stats else rewards
+        dropped = ~rewards.isfinite()
+        if on_nan == "stop":
+            _check_finite(reward, rewards, prompts, (~dropped).tolist())
+        rewards, saturated = rewards.masked_fill(dropped, torch.nan).to(latents), saturated.to(latents)
+    return (rewards, {"saturated": saturated, "dropped": dropped}) if return_stats else rewards
 
 
 class _Score(torch.autograd.Function):
@@ -193,8 +206,8 @@ class _Score(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, evaluate, reward, prompts: Sequence[str], parts: list[slice], fp16: bool, latents: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        ctx, evaluate, reward, prompts: Sequence[str], parts: list[slice], on_nan: str, fp16: bool, latents: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         rewards, saturated, gradients = ([None] * len(parts) for _ in range(3))
         todo = list(range(len(parts)))
         for scale in _FP16_GRADIENT_SCALES if fp16 else (1.0,):
@@ -205,29 +218,36 @@ class _Score(torch.autograd.Function):
                 gradients[number] = _gradient(reward, values, piece, scale)
                 rewards[number] = values.detach()
             # Of all images at once: the answer is waited for.
-            joined = torch.cat(rewards)
-            sound = [gradients[number].isfinite().all() for number in todo]
-            finite = torch.cat([joined.isfinite(), torch.stack(sound)]).tolist()
-            _check_finite(reward, joined, prompts, finite[: len(joined)])
-            todo = [number for number, ok in zip(todo, finite[len(joined) :], strict=True) if not ok]
+            joined, slopes = torch.cat(rewards), torch.cat(gradients)
+            usable = torch.stack([joined.isfinite(), slopes.flatten(1).isfinite().all(1)])  # (2, B)
+            finite, sound = usable.tolist()
+            if on_nan == "stop":
+                _check_finite(reward, joined, prompts, finite)
+            steep = [known and not slope for known, slope in zip(finite, sound, strict=True)]
+            todo = [number for number, part in enumerate(parts) if any(steep[part])]
             if not todo:
                 break
-        else:
+        if todo and on_nan == "stop":
             raise RewardError(
                 f"the gradient of reward {_name(reward)} with respect to the latents is NaN or inf, though the "
                 "reward is not: look for a square root, norm or logarithm at zero, or an overflow in fp16 (use a "
                 "bf16 or fp32 VAE)."
             )
-        ctx.save_for_backward(torch.cat(gradients))
-        saturated = torch.cat(saturated)
-        ctx.mark_non_differentiable(saturated)
-        return joined.to(latents), saturated
+        saturated, dropped = torch.cat(saturated), ~usable.all(0)
+        ctx.save_for_backward(slopes, *([] if all(finite) and all(sound) else [dropped]))
+        ctx.mark_non_differentiable(saturated, dropped)
+        return joined.masked_fill(dropped, torch.nan).to(latents), saturated, dropped
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_rewards: Tensor, _) -> tuple[None, None, None, None, None, Tensor]:
-        (gradients,) = ctx.saved_tensors
-        return None, None, None, None, None, grad_rewards.reshape(-1, *[1] * (gradients.ndim - 1)) * gradients
+    def backward(ctx, grad_rewards: Tensor, *_) -> tuple[None, None, None, None, None, None, Tensor]:
+        slopes, *dropped = ctx.saved_tensors
+        per_image = (-1, *[1] * (slopes.ndim - 1))
+        gradient = grad_rewards.reshape(per_image) * slopes
+        if dropped:
+            # NaN times zero would be NaN.
+            gradient = gradient.masked_fill(dropped[0].reshape(per_image), 0)
+        return None, None, None, None, None, None, gradient
 
 
 def _runs_in_fp16(vae: nn.Module | None, latents: Tensor) -> bool:
@@ -262,9 +282,11 @@ def _check_shape(reward, values: Any, count: int) -> None:
 def _check_finite(reward, values: Tensor, prompts: Sequence[str], finite: Sequence[bool]) -> None:
     if not all(finite):
         broken = [(prompt, value) for prompt, value, ok in zip(prompts, values.tolist(), finite, strict=True) if not ok]
+        others = ", ".join(repr(prompt) for prompt, _ in broken[1:_NAMED])
+        more = f" and {len(broken) - 1} more ({others}{', ...' if len(broken) > _NAMED else ''})" if others else ""
         raise RewardError(
-            f"reward {_name(reward)} returned {broken[0][1]} for the prompt {broken[0][0]!r}"
-            f"{f' and {len(broken) - 1} more' if len(broken) > 1 else ''}; rewards must be finite."
+            f"reward {_name(reward)} returned {broken[0][1]} for the prompt {broken[0][0]!r}{more}; rewards must be "
+            'finite. Mend the reward, or drop such samples (on_nan="drop", in a run reward.on_nan=drop).'
         )
 
 

@@ -138,6 +138,7 @@ class Engine:
                 self.reward,
                 prompts,
                 images_per_call=self.config.reward.images_per_call,
+                on_nan=self.config.reward.on_nan,
                 return_stats=True,
             )
         return Scores(rewards, stats["saturated"])
