@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from rftcore.training import weights
 from rftcore.training.accounting import Counters
 from rftcore.training.config import RunConfig
+from rftcore.training.ema import Ema
 from rftcore.training.errors import RunError, UsageError
 from rftcore.training.run_directory import sync_folder, to_json
 
@@ -54,13 +56,18 @@ class Progress:
 
 @dataclass(frozen=True)
 class Trained:
-    """The objects whose state changes in training. `scaler` is None outside fp16."""
+    """The objects whose state changes in training. `scaler` is None outside fp16, `ema` where nothing is averaged."""
 
     unet: nn.Module
     optimizer: Any
     lr_scheduler: Any
     method: Any
     scaler: Any = None
+    ema: Ema | None = None
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """A block in which the UNet's weights are the averaged ones: those that are evaluated and given away."""
+        return nullcontext() if self.ema is None else self.ema.applied()
 
     def states(self) -> dict[str, Any]:
         stateful = {
@@ -68,6 +75,7 @@ class Trained:
             "lr_scheduler": self.lr_scheduler,
             "method": self.method,
             "scaler": self.scaler,
+            "ema": self.ema,
         }
         return {name: thing for name, thing in stateful.items() if thing is not None}
 
@@ -118,7 +126,8 @@ def save(output_dir: Path, trained: Trained, progress: Progress, config: RunConf
         save_file(tensors, partial / "trainable.safetensors")
         # Of a whole UNet, what is trained is all there is.
         if weights.is_lora(trained.unet):
-            weights.save(trained.unet, partial)
+            with trained.averaged():
+                weights.save(trained.unet, partial)
         torch.save({name: thing.state_dict() for name, thing in trained.states().items()}, partial / "state.pt")
         record = {"algorithm": config.algorithm, "config": flat(config), "progress": asdict(progress)}
         (partial / "progress.json").write_text(to_json(record), encoding="utf-8")

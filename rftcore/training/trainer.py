@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
 import time
@@ -14,7 +15,6 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import DiffusionPipeline
-from diffusers.optimization import get_scheduler
 from PIL import Image
 
 from rftcore import blocks, rewards
@@ -27,18 +27,31 @@ from rftcore.training.batches import SamplePlan, derived_seed
 from rftcore.training.callbacks import Callback
 from rftcore.training.checkpoint import Progress, Trained
 from rftcore.training.config import RunConfig
+from rftcore.training.ema import Ema
 from rftcore.training.engine import Engine
 from rftcore.training.epoch_log import EpochLog
 from rftcore.training.errors import Interrupted, RunError, UsageError
 from rftcore.training.guards import check_adapters_learn
 from rftcore.training.interruption import StopRequest
 from rftcore.training.methods import METHODS, Update
+from rftcore.training.optimization import LossScaling, make_lr_scheduler, make_optimizer
 from rftcore.training.progress_bar import ProgressBar
 from rftcore.training.prompt_inputs import encode_prompts
 from rftcore.training.run_directory import RunDirectory
 from rftcore.training.validation import Mean, Validation, before_after
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def of_averaged_weights(method: Callable) -> Callable:
+    """A method of the trainer that sees the averaged weights, where there are some."""
+
+    @functools.wraps(method)
+    def run(trainer: Trainer, *given: Any) -> Any:
+        with trainer._trained.averaged():
+            return method(trainer, *given)
+
+    return run
 
 
 class Trainer:
@@ -126,21 +139,10 @@ class Trainer:
             for model in (pipe.unet, vae):
                 if model is not None:
                     blocks.accelerate(model)
-        optimizer = torch.optim.AdamW(
-            weights.trainable(pipe.unet).values(),
-            lr=config.train.learning_rate,
-            betas=(config.train.adam_beta1, config.train.adam_beta2),
-            weight_decay=config.train.adam_weight_decay,
-            eps=config.train.adam_epsilon,
-        )
-        # Not prepared: accelerate would step it once for every process.
-        self.lr_scheduler = get_scheduler(
-            config.train.lr_scheduler,
-            optimizer,
-            num_warmup_steps=config.train.lr_warmup_steps,
-            num_training_steps=config.train.max_train_steps,
-        )
+        optimizer = make_optimizer(config.train, weights.trainable(pipe.unet).values(), device)
+        self.lr_scheduler = make_lr_scheduler(config.train, optimizer)
         unet, self.optimizer = self.accelerator.prepare(pipe.unet, optimizer)
+        self.loss_scaling = LossScaling(self.optimizer, self.accelerator.scaler)
         self.engine = Engine(
             accelerator=self.accelerator,
             unet=unet,
@@ -156,8 +158,14 @@ class Trainer:
         )
         self.method = METHODS[config.algorithm](self.engine)
         self.validation = Validation(self.engine, self.method.sampler, self.validation_prompts, self.judges)
+        decay, parameters = config.train.ema_decay, weights.trainable(self.engine.model).values()
         self._trained = Trained(
-            self.engine.model, self.optimizer, self.lr_scheduler, self.method, self.accelerator.scaler
+            self.engine.model,
+            self.optimizer,
+            self.lr_scheduler,
+            self.method,
+            self.accelerator.scaler,
+            None if decay is None else Ema(parameters, decay),
         )
 
     def _earlier_plan(self) -> Plan | None:
@@ -286,6 +294,8 @@ class Trainer:
                 "train.max_grad_norm, or resume from the last checkpoint with mixed_precision=no"
             )
         self.optimizer.step()
+        if self.loss_scaling.stepped() and self._trained.ema is not None:
+            self._trained.ema.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
         return grad_norm
@@ -304,6 +314,7 @@ class Trainer:
                 f"reward/{name}/mean": figures.reward_mean,
                 f"reward/{name}/std": figures.reward_std,
                 **figures.metrics,
+                **self.loss_scaling.take(),
                 "train/saturated": figures.saturated,
                 "count/epoch": log.epoch,
                 "count/samples": counters.samples,
@@ -325,6 +336,7 @@ class Trainer:
         step = self.progress.step
         return step == self.config.train.max_train_steps or (every is not None and step // every > before // every)
 
+    @of_averaged_weights
     def _evaluate(self) -> None:
         started, step = time.perf_counter(), self.progress.step
         scores, grid = self.validation()
@@ -369,10 +381,12 @@ class Trainer:
         if number:
             path = self._save_checkpoint()
             if self.accelerator.is_main_process:
-                weights.save(self.engine.model, self.directory.path)
+                with self._trained.averaged():
+                    weights.save(self.engine.model, self.directory.path)
             self.accelerator.end_training()
             raise Interrupted(number, str(path))
 
+    @of_averaged_weights
     def _finish(self) -> dict[str, Any]:
         self.progress.counters.wall_clock_s = self._wall_clock()
         peak, step = self._peak_gib(), self.progress.step
