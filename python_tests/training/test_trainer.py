@@ -40,6 +40,7 @@ def test_everything_a_run_leaves_behind(finished):
         "config.yaml",
         "env.json",
         "logs",
+        "lora_scales.png",
         "metrics.jsonl",
         "plan.json",
         "pytorch_lora_weights.safetensors",

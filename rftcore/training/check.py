@@ -18,7 +18,7 @@ from rftcore.training.accounting import GIB, peak_gib
 from rftcore.training.config import RunConfig
 from rftcore.training.epoch_log import EpochLog
 from rftcore.training.errors import RunError
-from rftcore.training.guards import check_adapters_learn
+from rftcore.training.guards import check_everything_learns
 from rftcore.training.trainer import Trainer
 from rftcore.training.validation import Mean
 
@@ -133,7 +133,7 @@ class _Measurement:
         self._note_peak()
         self.phase = "validation"
         started = time.perf_counter()
-        by_judge, _ = trainer.validation()
+        evaluation = trainer.validation()
         validation_s = self._most(time.perf_counter() - started)
         self._note_peak()
         return Figures(
@@ -147,7 +147,7 @@ class _Measurement:
             optimizer_gib=self._optimizer_gib(),
             samples=figures.samples,
             validation_images=len(trainer.validation.prompts),
-            rewards={name: Mean.of(values).mean for name, values in by_judge.items()},
+            rewards={name: Mean.of(values).mean for name, values in evaluation.scores.items()},
             saturated=figures.saturated,
             adapted=len(weights.trained_modules(engine.model)),
             learning=self.learning,
@@ -186,7 +186,7 @@ class _Measurement:
                 "at zero in the reward"
             )
         try:
-            check_adapters_learn(self.engine.model, lambda: self.trainer.sample_again(1))
+            check_everything_learns(self.engine.model, lambda: self.trainer.sample_again(1))
         except RunError as error:
             return str(error)
         return None

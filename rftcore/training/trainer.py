@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import math
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,7 +21,21 @@ from PIL import Image
 from rftcore import blocks, rewards
 from rftcore import prompts as prompt_sources
 from rftcore.sampling import Plan, RewardError
-from rftcore.training import checkpoint, environment, memory_plan, parsing, pipeline, report, weights
+from rftcore.training import (
+    alarm,
+    checkpoint,
+    early_stop,
+    environment,
+    grids,
+    memory_plan,
+    parsing,
+    pipeline,
+    reference,
+    report,
+    scale_sweep,
+    validation,
+    weights,
+)
 from rftcore.training.accounting import Stopwatch, peak_gib
 from rftcore.training.algorithm_configs import batch_shares
 from rftcore.training.batches import SamplePlan, derived_seed
@@ -31,14 +46,15 @@ from rftcore.training.ema import Ema
 from rftcore.training.engine import Engine
 from rftcore.training.epoch_log import EpochLog
 from rftcore.training.errors import Interrupted, RunError, UsageError
-from rftcore.training.guards import check_adapters_learn
+from rftcore.training.guards import check_everything_learns
 from rftcore.training.interruption import StopRequest
 from rftcore.training.methods import METHODS, Update
 from rftcore.training.optimization import LossScaling, make_lr_scheduler, make_optimizer
 from rftcore.training.progress_bar import ProgressBar
 from rftcore.training.prompt_inputs import encode_prompts
 from rftcore.training.run_directory import RunDirectory
-from rftcore.training.validation import Mean, Validation, before_after
+from rftcore.training.scale_sweep import Sweep, sweep
+from rftcore.training.validation import Validation
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -60,7 +76,7 @@ class Trainer:
     Args:
         config: one of the config classes of `rftcore.training.config`; its class chooses the algorithm.
         reward: a function that replaces `config.reward.function`.
-        held_out_reward: a function that replaces `config.eval.held_out_reward`.
+        held_out_reward: a function, or several, that replace `config.eval.held_out_reward`.
         pipeline: replaces `config.model`. It is used in place and keeps its dtype; it loses its text encoder and gains
             the adapter.
         callbacks: a user's own code at the events of the run.
@@ -75,7 +91,7 @@ class Trainer:
         config: RunConfig,
         *,
         reward: Callable | None = None,
-        held_out_reward: Callable | None = None,
+        held_out_reward: Callable | Sequence[Callable] | None = None,
         pipeline: DiffusionPipeline | None = None,
         callbacks: Sequence[Callback] = (),
     ) -> None:
@@ -104,6 +120,7 @@ class Trainer:
             )
         # Asked of the first gradient after each start.
         self._learns, self._idle_epochs = False, 0
+        self._reference: dict[str, torch.Tensor] | None = None
         self._seconds_before = self.progress.counters.wall_clock_s
 
     def _find_start(self) -> Path | None:
@@ -191,7 +208,11 @@ class Trainer:
                 if self.progress.step == 0 and 0 not in self.progress.evaluations:
                     self._evaluate()
                 self._stop_if_asked(stop)
+                self._stop_early()
                 for epoch in range(self.progress.step // updates + 1, last // updates + 1):
+                    if self._stop_reason:
+                        self.bar.note(f"stopped after step {self.progress.step}: {self._stop_reason}")
+                        break
                     before = self.progress.step
                     self._epoch(epoch)
                     if self._stop_reason or self._due(before, self.config.eval.validation_steps):
@@ -199,9 +220,6 @@ class Trainer:
                     if self._stop_reason or self._due(before, self.config.checkpointing_steps):
                         self._save_checkpoint()
                     self._stop_if_asked(stop)
-                    if self._stop_reason:
-                        self.bar.note(f"stopped after step {self.progress.step}: {self._stop_reason}")
-                        break
                 # A run resumed at its last step takes no step that would have evaluated.
                 if self.progress.step not in self.progress.evaluations:
                     self._evaluate()
@@ -241,7 +259,7 @@ class Trainer:
         log = EpochLog(epoch)
         for update in self.method.epoch(epoch):
             if not self._learns and update.skipped is None:
-                check_adapters_learn(self.engine.model, lambda: self.sample_again(epoch))
+                check_everything_learns(self.engine.model, lambda: self.sample_again(epoch))
                 self._learns = True
                 self._write_plan()
             log.add(update, *self._update(update))
@@ -338,21 +356,55 @@ class Trainer:
 
     @of_averaged_weights
     def _evaluate(self) -> None:
-        started, step = time.perf_counter(), self.progress.step
-        scores, grid = self.validation()
+        started, step, main = time.perf_counter(), self.progress.step, self.accelerator.is_main_process
+        evaluation = self.validation()
         self.engine.clock.take()
-        self.progress.evaluations[step] = scores
-        means = {name: Mean.of(values) for name, values in scores.items()}
-        if self.accelerator.is_main_process:
-            self.directory.write(self.directory.sample_grid(step), _png(grid))
-        metrics = self._log(
-            {f"eval/reward/{name}": mean.mean for name, mean in means.items()}
-            | {f"eval/reward/{name}/standard_error": mean.standard_error for name, mean in means.items()}
-            | {"time/eval_s": time.perf_counter() - started}
-        )
+        if step == 0:
+            self._reference = evaluation.features
+            if main:
+                reference.save(self.directory, evaluation.features)
+        now = self.progress.evaluations[step] = self._measures(evaluation)
+        first = self.progress.evaluations.get(0, now)
+        if main:
+            self.directory.write(self.directory.sample_grid(step), _png(evaluation.grid))
+        wrong = alarm.alarms(self.judges[0].name, [judge.name for judge in self.judges[1:]], now, first)
+        figures = validation.metrics(now, first)
+        metrics = self._log({**figures, "eval/alarm": float(bool(wrong)), "time/eval_s": time.perf_counter() - started})
         self._tell("on_evaluate", metrics)
-        judged = "  ".join(f"{name} {mean.mean:.3f} ± {mean.standard_error:.3f}" for name, mean in means.items())
-        self.bar.note(f"step {step}: {judged} on {len(self.validation.prompts)} held-out images")
+        self.bar.note(f"step {step}: {validation.line(figures)} on {len(self.validation.prompts)} held-out images")
+        for sentence in wrong:
+            self.bar.note(f"step {step}: ALARM: {sentence}")
+        self._keep_best()
+        self._stop_early()
+
+    def _measures(self, evaluation: validation.Evaluation) -> dict[str, list[float]]:
+        """With each image's drift from step 0's."""
+        if self._reference is None:
+            self._reference = reference.load(self.directory, evaluation.features)
+            if self._reference is None:
+                self.bar.note(
+                    f"{self.directory.path / reference.NAME} is gone or not of these images, so their drift since step "
+                    "0 is not measured"
+                )
+        return evaluation.measures(self._reference)
+
+    def _keep_best(self) -> None:
+        """Saves what was just evaluated, where the first held-out judge likes it best and training made it."""
+        step, held_out = self.progress.step, self.judges[1:]
+        if not held_out or step == 0 or early_stop.best_step(self.progress.evaluations, held_out[0].name) != step:
+            return
+        if self.accelerator.is_main_process:
+            mean = statistics.fmean(self.progress.evaluations[step][held_out[0].name])
+            self.directory.write("best/best.json", {"step": step, held_out[0].name: mean})
+            weights.save(self.engine.model, self.directory.path / "best")
+
+    def _stop_early(self) -> None:
+        if len(self.judges) > 1 and self.progress.evaluations and not self._stop_reason:
+            reason = early_stop.reason_to_stop(
+                self.progress.evaluations, self.judges[1].name, self.config.eval.early_stop_patience
+            )
+            if reason:
+                self.stop(reason)
 
     def _log(self, metrics: dict[str, float]) -> dict[str, float]:
         """Writes a line of metrics.jsonl, and gives it back."""
@@ -391,6 +443,7 @@ class Trainer:
         self.progress.counters.wall_clock_s = self._wall_clock()
         peak, step = self._peak_gib(), self.progress.step
         figures: dict[str, Any] = {}
+        scales = self._sweep()
         if self.accelerator.is_main_process:
             weights.save(self.engine.model, self.directory.path)
             reload_error = weights.verify_reload(self.engine.model, self.directory.path)
@@ -402,22 +455,60 @@ class Trainer:
                 train_prompts=self.train_prompts,
                 peak_gib=peak,
                 reload_error=reload_error,
+                sweep=scales,
+                stopped=self._stop_reason,
             )
             self._write_before_after(step)
+            self._write_scales(scales)
             self.directory.write("results.json", figures)
-            self.directory.write("README.md", report.model_card(self.config, self._base_model, figures))
+            self.directory.write("README.md", self._model_card(figures))
             self.bar.close()
             print(f"\n{report.table(figures)}\n\nwritten to {self.directory.path}", flush=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return figures
 
+    def _model_card(self, figures: dict[str, Any]) -> str:
+        embedded = self._base_model == "rftcore.digits"
+        base = "rftcore.digits.path()" if embedded else repr(self._base_model)
+        usage = weights.usage(self.engine.model, self._pipeline_class, base, '"path/to/this/folder"')
+        return report.model_card(
+            self.config, self._base_model, figures, f"import rftcore\n{usage}" if embedded else usage
+        )
+
+    def _sweep(self) -> Sweep | None:
+        """The adapter at each of `eval.lora_scales`; all of it was just evaluated, and none of it at step 0."""
+        if not weights.is_lora(self.engine.model) or not self.config.eval.lora_scales:
+            return None
+        evaluations = self.progress.evaluations
+        known = {1.0: evaluations[self.progress.step]} | ({0.0: evaluations[0]} if 0 in evaluations else {})
+        return sweep(self.engine.model, self.config.eval.lora_scales, known, self.validation, self._measures)
+
+    def _write_scales(self, scales: Sweep | None) -> None:
+        if scales is None:
+            return
+        shown = {0.0: 0, 1.0: self.progress.step}
+        found = {}
+        for scale in scales.measures:
+            grid = scales.grids.get(scale) or self._grid(shown[scale])
+            if grid is not None:
+                found[f"LoRA x {scale:g}"] = grid
+        columns = grids.columns(self.config.eval.num_validation_images)
+        self.directory.write("lora_scales.png", _png(grids.first_columns(found, columns)))
+
     def _write_before_after(self, step: int) -> None:
-        before, after = (self.directory.path / self.directory.sample_grid(at) for at in (0, step))
-        if before.exists():
-            self.directory.write("before_after.png", _png(before_after(Image.open(before), Image.open(after))))
-        else:
-            self.bar.note(f"{before} is gone, so there is no before_after.png")
+        before, after = self._grid(0), self._grid(step)
+        if before is not None and after is not None:
+            self.directory.write("before_after.png", _png(grids.before_after(before, after)))
+
+    def _grid(self, step: int) -> Image.Image | None:
+        """The grid of an earlier evaluation."""
+        path = self.directory.path / self.directory.sample_grid(step)
+        if path.exists():
+            with Image.open(path) as grid:
+                return grid.convert("RGB")
+        self.bar.note(f"{path} is gone, so the pictures at the end lack it")
+        return None
 
     def _peak_gib(self) -> float:
         """Of the process that held the most."""
@@ -428,18 +519,29 @@ class Trainer:
         return self._seconds_before + time.perf_counter() - self._started
 
 
-def _judges(config: RunConfig, reward: Callable | None, held_out_reward: Callable | None) -> list[rewards.Reward]:
-    """The trained reward and, where there is one, the held-out judge."""
+def _judges(
+    config: RunConfig, reward: Callable | None, held_out_reward: Callable | Sequence[Callable] | None
+) -> list[rewards.Reward]:
+    """The trained reward and the held-out judges, all of other names.
+
+    Raises: UsageError where two have the same name, or the evaluation is asked what it cannot do with them.
+    """
+    held_out = held_out_reward or config.eval.held_out_reward or []
+    specs = list(held_out) if isinstance(held_out, Sequence) and not isinstance(held_out, str) else [held_out]
     judges = [rewards.load(reward or config.reward.function, differentiable=config.reward.differentiable)]
-    held_out = held_out_reward or config.eval.held_out_reward
-    if held_out is not None:
-        # A judge is only measured: whether it has a gradient does not matter.
-        judges.append(rewards.load_judge(held_out))
-    if len({judge.name for judge in judges}) < len(judges):
-        raise UsageError(
-            f"the trained and the held-out reward are both named {judges[0].name!r}; a held-out judge must be another "
-            "function, with a name of its own"
-        )
+    # A judge is only measured: whether it has a gradient does not matter.
+    judges += [rewards.load_judge(spec) for spec in specs]
+    seen = set()
+    for judge in judges:
+        if judge.name in seen:
+            kinds = "the trained and a held-out reward" if judge.name == judges[0].name else "two held-out rewards"
+            raise UsageError(
+                f"{kinds} are both named {judge.name!r}; a held-out judge must be another function, with a name of its "
+                "own"
+            )
+        seen.add(judge.name)
+    early_stop.check(config.eval, judges[1:])
+    scale_sweep.check(config.eval)
     return judges
 
 

@@ -1,25 +1,27 @@
-"""Measuring the model on fixed prompts and fixed noise: scores by every judge, and a grid to look at."""
+"""Measuring the model on fixed prompts and fixed noise: every judge's scores, drift, diversity, a grid to look at."""
 
 from __future__ import annotations
 
 import math
 import statistics
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from accelerate.utils import gather_object
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from rftcore.rewards import Reward
-from rftcore.sampling import CheckpointedSampler, decode, score
+from rftcore.sampling import CheckpointedSampler, Trajectory, decode, score
+from rftcore.training import grids, weights
 from rftcore.training.batches import generator
+from rftcore.training.drift import Features, distance, diversity, thumbnails
 from rftcore.training.engine import Engine, Samples
 
-GRID_PROMPTS, GRID_IMAGES = 8, 4
-_CAPTION_WIDTH = 132
+DRIFT, DIVERSITY = "drift/", "diversity/"
+# Of a chain's steps, those at which the model is compared with the one without its adapter: two evaluations each.
+_EPS_STEPS = 5
 
 
 @dataclass(frozen=True)
@@ -35,72 +37,172 @@ class Mean:
         return cls(statistics.fmean(scores), spread / math.sqrt(len(scores)))
 
 
-class Validation:
-    """The run's evaluation: the same prompts and noise every time, so that two evaluations compare image by image."""
+@dataclass(frozen=True)
+class Evaluation:
+    """What was seen of N images of P prompts, the same on every process. Image j shows prompt j mod P.
 
-    def __init__(self, engine: Engine, sampler: CheckpointedSampler, prompts: Sequence[str], judges: Sequence[Reward]):
+    Attributes:
+        scores: judge -> (N,) reward points.
+        eps_drift: (N,) mean squared difference of the guided eps (or what the model predicts) from the model without
+            its adapter, at the chain's own states, a mean over steps; empty where there is no adapter.
+        features: space -> (N, ...) on the CPU.
+        prompts: P.
+        grid: the first prompts' images.
+    """
+
+    scores: dict[str, list[float]]
+    eps_drift: list[float]
+    features: dict[str, Tensor]
+    prompts: int
+    grid: Image.Image
+
+    def measures(self, reference: Mapping[str, Tensor] | None) -> dict[str, list[float]]:
+        """What a run remembers of it, by name: each judge's scores, and what has a slash in its name.
+
+        "drift/<space>" holds each image's distance from the reference, the same image at step 0, where that is given;
+        "drift/eps" the divergence of the model; "diversity/<space>" the mean distance between a prompt's images, for
+        each prompt, where it has several.
+        """
+        found = dict(self.scores)
+        for space, features in self.features.items():
+            if reference is not None and space in reference:
+                found[DRIFT + space] = distance(features, reference[space]).tolist()
+            if len(features) > self.prompts:
+                found[DIVERSITY + space] = diversity(features, self.prompts).tolist()
+        if self.eps_drift:
+            found[DRIFT + "eps"] = self.eps_drift
+        return found
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """One image's part of an evaluation."""
+
+    index: int
+    scores: list[float]
+    eps_drift: float | None
+    features: dict[str, Tensor]
+    image: Image.Image | None
+
+
+class Validation:
+    """The run's evaluation: the same prompts and noise every time, so that two evaluations compare image by image.
+
+    Args:
+        features: further spaces that drift and diversity are measured in, by name.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        sampler: CheckpointedSampler,
+        prompts: Sequence[str],
+        judges: Sequence[Reward],
+        features: Mapping[str, Features] | None = None,
+    ) -> None:
         self.engine = engine
         self.sampler = sampler
         self.judges = list(judges)
+        self.spaces: dict[str, Features] = {"pixels": thumbnails, **(features or {})}
         # Image j shows prompt j mod P, so that any leading part of the images covers the prompts evenly.
         self.prompts = [*prompts] * engine.config.eval.num_validation_images
         self.distinct = len(prompts)
 
     @torch.no_grad()
-    def __call__(self) -> tuple[dict[str, list[float]], Image.Image]:
-        """Each judge's score of every image, and the grid of the first prompts' images. The same on every process."""
+    def __call__(self) -> Evaluation:
         model, accelerator = self.engine.model, self.engine.accelerator
         was_training = model.training
         model.eval()
         mine = range(len(self.prompts))[accelerator.process_index :: accelerator.num_processes]
         size = self.engine.config.eval.batch_size
-        results = [row for start in range(0, len(mine), size) for row in self._evaluate(mine[start : start + size])]
+        results = [seen for start in range(0, len(mine), size) for seen in self._look(mine[start : start + size])]
         model.train(was_training)
-        rows = sorted(gather_object(results), key=lambda row: row[0])
-        scores = {judge.name: [row[1][number] for row in rows] for number, judge in enumerate(self.judges)}
-        return scores, self._grid({index: image for index, _, image in rows if image is not None})
+        everyone = sorted(gather_object(results), key=lambda seen: seen.index)
+        return Evaluation(
+            scores={judge.name: [seen.scores[number] for seen in everyone] for number, judge in enumerate(self.judges)},
+            eps_drift=[seen.eps_drift for seen in everyone if seen.eps_drift is not None],
+            features={space: torch.stack([seen.features[space] for seen in everyone]) for space in self.spaces},
+            prompts=self.distinct,
+            grid=grids.prompt_grid(
+                self.prompts[: self.distinct], {seen.index: seen.image for seen in everyone if seen.image is not None}
+            ),
+        )
 
-    def _evaluate(self, indices: Sequence[int]) -> list[tuple[int, list[float], Image.Image | None]]:
+    def _look(self, indices: Sequence[int]) -> list[_Seen]:
         prompts = [self.prompts[index] for index in indices]
         noise = [generator(self.engine.config.eval.seed, "validation", index) for index in indices]
-        latents = self.engine.sample(self.sampler, Samples(indices, prompts, noise)).latents
-        images = torch.cat([decode(self.engine.vae, latent) for latent in latents.split(1)])  # (b, 3, H, W)
+        trajectory = self.engine.sample(self.sampler, Samples(indices, prompts, noise))
+        images = torch.cat([decode(self.engine.vae, latent) for latent in trajectory.latents.split(1)])  # (b, 3, H, W)
         # Scored as the output of a pixel-space model: decoded once for all judges.
         scores = [score(None, images * 2 - 1, judge, prompts, images_per_call=len(prompts)) for judge in self.judges]
         per_image = torch.stack(scores, dim=1).double().tolist()  # (b, judges)
+        eps_drift = self._eps_drift(trajectory, prompts)
+        # Copies: a row would keep its whole batch.
+        features = {space: [row.cpu().clone() for row in make(images)] for space, make in self.spaces.items()}
         return [
-            (index, per_image[row], _to_image(images[row]) if self._place(index) is not None else None)
+            _Seen(
+                index,
+                per_image[row],
+                eps_drift[row],
+                {space: rows[row] for space, rows in features.items()},
+                None if grids.place(index, self.distinct) is None else _to_image(images[row]),
+            )
             for row, index in enumerate(indices)
         ]
 
-    def _place(self, index: int) -> tuple[int, int] | None:
-        """Column and row of an image in the grid; None for one that is not shown."""
-        column, row = divmod(index, self.distinct)
-        return (column, row) if row < GRID_PROMPTS and column < GRID_IMAGES else None
-
-    def _grid(self, images: dict[int, Image.Image]) -> Image.Image:
-        side = max(next(iter(images.values())).width, 96)
-        places = {index: self._place(index) for index in images}
-        columns, rows = (1 + max(place[axis] for place in places.values()) for axis in (0, 1))
-        grid = Image.new("RGB", (_CAPTION_WIDTH + columns * side, rows * side), "white")
-        draw = ImageDraw.Draw(grid)
-        for row in range(rows):
-            draw.multiline_text((6, row * side + 8), textwrap.fill(self.prompts[row], 20), fill="black")
-        for index, (column, row) in places.items():
-            resized = images[index].resize((side, side), Image.Resampling.NEAREST)
-            grid.paste(resized, (_CAPTION_WIDTH + column * side, row * side))
-        return grid
+    def _eps_drift(self, trajectory: Trajectory, prompts: list[str]) -> list[float | None]:
+        """Of each sample: mean over steps of the mean squared difference from the model without its adapter."""
+        if not weights.is_lora(self.engine.model):
+            return [None] * len(prompts)
+        given, total = self.engine.inputs.batch(prompts), 0.0
+        steps = _spread(len(trajectory.timesteps), _EPS_STEPS)
+        for step in steps:
+            x_t, t = trajectory.states[step], trajectory.timesteps[step]
+            base = self.sampler.predict(x_t, t, **given, adapter=False)
+            difference = self.sampler.predict(x_t, t, **given) - base
+            total = total + difference.double().square().flatten(1).mean(1)  # (b,)
+        return (total / len(steps)).tolist()
 
 
-def before_after(before: Image.Image, after: Image.Image) -> Image.Image:
-    """Two grids side by side, titled."""
-    title, gap = 24, 16
-    joined = Image.new("RGB", (before.width + gap + after.width, title + max(before.height, after.height)), "white")
-    draw = ImageDraw.Draw(joined)
-    for text, grid, left in (("before", before, 0), ("after", after, before.width + gap)):
-        draw.text((left + _CAPTION_WIDTH, 6), text, fill="black")
-        joined.paste(grid, (left, title))
-    return joined
+def metrics(now: Mapping[str, Sequence[float]], first: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """The figures of an evaluation's measures, as they are logged; `first` are those of step 0."""
+    logged = {}
+    for name, values in now.items():
+        if name.startswith(DIVERSITY):
+            space = name.removeprefix(DIVERSITY)
+            logged["eval/diversity" if space == "pixels" else f"eval/{name}"] = diversity_left(name, now, first)
+        elif name.startswith(DRIFT):
+            logged[f"eval/{name}"] = Mean.of(values).mean
+        else:
+            mean = Mean.of(values)
+            logged[f"eval/reward/{name}"] = mean.mean
+            logged[f"eval/reward/{name}/standard_error"] = mean.standard_error
+    return logged
+
+
+def line(figures: Mapping[str, float]) -> str:
+    """Those figures for a terminal."""
+    parts = []
+    for name, value in figures.items():
+        if name.startswith("eval/reward/"):
+            if (error := figures.get(f"{name}/standard_error")) is not None:
+                parts.append(f"{name.removeprefix('eval/reward/')} {value:.3f} ± {error:.3f}")
+        elif math.isfinite(value):
+            parts.append(f"{name.removeprefix('eval/')} {value:.3g}")
+    return "  ".join(parts)
+
+
+def diversity_left(name: str, now: Mapping[str, Sequence[float]], first: Mapping[str, Sequence[float]]) -> float:
+    """Mean diversity relative to step 0's; NaN where that is unknown, or 0."""
+    before = statistics.fmean(first.get(name, [0.0]))
+    return statistics.fmean(now[name]) / before if before else math.nan
+
+
+def _spread(count: int, most: int) -> list[int]:
+    """At most so many of `count` steps, evenly spread, the first and the last among them."""
+    if count <= most:
+        return list(range(count))
+    return [round(number * (count - 1) / (most - 1)) for number in range(most)]
 
 
 def _to_image(image: Tensor) -> Image.Image:
