@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -52,7 +51,8 @@ from rftcore.training.methods import METHODS, Update
 from rftcore.training.optimization import LossScaling, make_lr_scheduler, make_optimizer
 from rftcore.training.progress_bar import ProgressBar
 from rftcore.training.prompt_inputs import encode_prompts
-from rftcore.training.run_directory import RunDirectory
+from rftcore.training.ranks import failing_together
+from rftcore.training.run_directory import CONFIG, RunDirectory
 from rftcore.training.scale_sweep import Sweep, sweep
 from rftcore.training.validation import Validation
 
@@ -119,7 +119,7 @@ class Trainer:
                 "give a larger one, or resume from an earlier checkpoint"
             )
         # Asked of the first gradient after each start.
-        self._learns, self._idle_epochs = False, 0
+        self._learns = False
         self._reference: dict[str, torch.Tensor] | None = None
         self._seconds_before = self.progress.counters.wall_clock_s
 
@@ -127,6 +127,8 @@ class Trainer:
         """The checkpoint to go on from, or None in a free output folder; every process looks before any writes."""
         if self.config.resume_from_checkpoint is None:
             self.directory.check_free()
+            return None
+        if self.config.resume_from_checkpoint == "latest" and checkpoint.only_begun(self.directory.path, self.config):
             return None
         return checkpoint.find(self.config.resume_from_checkpoint, self.directory.path)
 
@@ -199,6 +201,10 @@ class Trainer:
             RunError: when training cannot go on; the last checkpoint stays.
             Interrupted: after SIGINT or SIGTERM, once a checkpoint and the LoRA are saved.
         """
+        with failing_together(self.accelerator):
+            return self._train()
+
+    def _train(self) -> dict[str, Any]:
         self._open()
         last, updates = self.config.train.max_train_steps, self.config.train.updates_per_epoch
         self.bar = ProgressBar(last, self.progress.step, enabled=self.accelerator.is_main_process)
@@ -227,7 +233,9 @@ class Trainer:
                 self._tell("on_train_end", results)
                 return results
         except RewardError as error:
-            raise RunError(str(error)) from error
+            saved = checkpoint.folders(self.directory.path)
+            last_saved = f"{saved[-1]} is the last checkpoint" if saved else "no checkpoint was saved yet"
+            raise RunError(f"after step {self.progress.step}: {error} {last_saved}") from error
         finally:
             self.bar.close()
 
@@ -242,9 +250,9 @@ class Trainer:
     def _open(self) -> None:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            self.directory.write("config.yaml", parsing.to_yaml(self.config))
+            self.directory.write(CONFIG, parsing.to_yaml(self.config))
             self.directory.write("env.json", environment.describe(self.accelerator.num_processes))
-            self.directory.rewind_metrics(self.progress.step)
+            self.directory.rewind_metrics(self._resume_from)
         if self.config.report_to is not None:
             # A resumed run writes the steps after its checkpoint again: the old ones are not to be shown twice.
             purge = {self.config.report_to: {"purge_step": self.progress.step + 1}}
@@ -269,10 +277,10 @@ class Trainer:
     def _stop_if_nothing_is_learnt(self, log: EpochLog) -> None:
         """Raises RunError, with a checkpoint saved, at the third epoch in a row that had nothing to learn from."""
         reason = log.nothing_learnt()
-        self._idle_epochs = self._idle_epochs + 1 if reason else 0
+        self.progress.idle_epochs = self.progress.idle_epochs + 1 if reason else 0
         if reason:
             self.bar.note(f"epoch {log.epoch}: nothing is learnt, {reason}")
-        if self._idle_epochs == 3:
+        if self.progress.idle_epochs >= 3:
             path = self._save_checkpoint()
             raise RunError(
                 f"three epochs in a row had nothing to learn from: {reason}. Is the reward constant? Draw more samples "
@@ -394,7 +402,7 @@ class Trainer:
         if not held_out or step == 0 or early_stop.best_step(self.progress.evaluations, held_out[0].name) != step:
             return
         if self.accelerator.is_main_process:
-            mean = statistics.fmean(self.progress.evaluations[step][held_out[0].name])
+            mean = validation.Mean.of(self.progress.evaluations[step][held_out[0].name]).mean
             self.directory.write("best/best.json", {"step": step, held_out[0].name: mean})
             weights.save(self.engine.model, self.directory.path / "best")
 
@@ -421,7 +429,7 @@ class Trainer:
         path = self.directory.path / f"checkpoint-{self.progress.step}"
         if self.accelerator.is_main_process:
             checkpoint.save(self.directory.path, self._trained, self.progress, self.config)
-            checkpoint.rotate(self.directory.path, self.config.checkpoints_total_limit)
+            checkpoint.rotate(self.directory.path, self.progress.step, self.config.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
         self._tell("on_save", path)
         return path
