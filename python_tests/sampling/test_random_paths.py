@@ -74,6 +74,28 @@ def test_plans_do_not_depend_on_the_paths_before(share, make_sampler, given):
     assert fresh.plan == together.made[paths[-1]]
 
 
+def test_the_budget_and_the_reserve_of_a_plan_give_it_again(make_sampler, given):
+    """What a resumed run plans all its paths with."""
+    first = make_sampler(reserve="4MiB")
+    first(**given)
+    assert first.plan.reserve == 4 * 2**20
+    again = make_sampler(first.denoiser.module, memory_budget=first.plan.budget, reserve=first.plan.reserve)
+    again(**given)
+    assert again.plan == first.plan
+    assert Plan.from_dict(first.plan.to_dict()) == first.plan
+    # Of a given budget nothing is left free but what is asked for.
+    peak = make_sampler(first.denoiser.module, reserve=0)
+    peak(**given)
+    budget = peak.plan.peak_bytes
+    assert [_percent(make_sampler(first.denoiser.module, memory_budget=budget, reserve=reserve), given) > 0
+            for reserve in (None, budget // 2)] == [False, True]  # fmt: skip
+
+
+def _percent(sampler, given):
+    sampler(**given)
+    return sampler.plan.extra_percent
+
+
 def test_what_cannot_be_counted_is_not_tried_again(make_sampler, given, monkeypatch):
     tried = []
 

@@ -52,6 +52,7 @@ class Plan:
         forward_flops: of one step.
         plain_flops: of the chain, forward and backward, without what runs twice.
         reasons: why nothing is stored, where nothing could be predicted.
+        reserve: bytes of `budget` that are left to decoding and the reward.
     """
 
     batch: int
@@ -68,6 +69,7 @@ class Plan:
     forward_flops: int = 0
     plain_flops: int = 0
     reasons: tuple[str, ...] = ()
+    reserve: int = 0
 
     def __post_init__(self) -> None:
         unknown = [level for level in self.stored if level is not None and not 0 <= level < len(self.levels)]
@@ -77,10 +79,17 @@ class Plan:
             raise ValueError(f"replay_batch={self.replay_batch} must lie in [1, batch={self.batch}].")
 
     @classmethod
-    def replayed(cls, modes: Sequence[str], batch: int, reasons: Sequence[str] = (), budget: int | None = None) -> Plan:
+    def replayed(
+        cls,
+        modes: Sequence[str],
+        batch: int,
+        reasons: Sequence[str] = (),
+        budget: int | None = None,
+        reserve: int = 0,
+    ) -> Plan:
         """Every differentiated step replayed, the whole batch at once, as the UNet stands; nothing is predicted."""
         count = sum(mode in _DIFFERENTIATED for mode in modes)
-        return cls(batch, (None,) * len(modes), (), None, batch, count, budget, reasons=tuple(reasons))
+        return cls(batch, (None,) * len(modes), (), None, batch, count, budget, reasons=tuple(reasons), reserve=reserve)
 
     @property
     def replays(self) -> int:
@@ -193,12 +202,12 @@ def make_plan(
         ValueError: for a budget below the least that is needed.
     """
     if not any(mode in _DIFFERENTIATED for mode in modes):
-        return Plan.replayed(modes, batch, budget=budget)
+        return Plan.replayed(modes, batch, budget=budget, reserve=reserve)
     try:
         simulation = simulate() if simulate else Simulation(denoiser, conditioning, height, width, guided=guided)
         return Planner(simulation, batch, modes).plan(budget, reserve)
     except Unpredictable as reason:
-        return Plan.replayed(modes, batch, [str(reason)], budget)
+        return Plan.replayed(modes, batch, [str(reason)], budget, reserve)
 
 
 class _Point(NamedTuple):
@@ -293,7 +302,7 @@ class Planner:
             raise ValueError(self._too_small(budget, least))
         if not self.steps:
             flops = self.simulation.forward(self.batch).flops
-            plain = Plan.replayed(self.modes, self.batch, budget=budget)
+            plain = Plan.replayed(self.modes, self.batch, budget=budget, reserve=reserve)
             return dataclasses.replace(
                 plain, peak_bytes=max(least.values()), forward_flops=flops, plain_flops=flops * len(self.modes)
             )
@@ -439,6 +448,7 @@ class Planner:
             replay_extra=100 + 100 * replay.extra / step.forward_flops,
             forward_flops=step.forward_flops,
             plain_flops=sampling + step.backward_flops * len(self.steps),
+            reserve=reserve,
         )
 
     def _peak(self, counts: Sequence[int | None], replay: _Replay | None, reserve: int, tolerance: int) -> int:

@@ -100,7 +100,7 @@ class Plans:
                 raise found
             return found
 
-        budget, reserve = self._budget, 0
+        budget, reserve = self._budget, self._reserve or 0
         if budget is None:
             budget = max(0, self._free(latents.device) - captured_bytes)
             reserve = min(_RESERVE, budget // 2) if self._reserve is None else self._reserve

@@ -66,11 +66,10 @@ class CheckpointedSampler:
         gradient_path: where the gradient flows, step by step; backprop_steps is its short form, give one of the two.
         final_step: "scheduler" ends as the scheduler does, "clamp" on alphas_cumprod[0] (ddpo-pytorch).
         cross_attention_kwargs: handed to every UNet call, e.g. {"scale": 0.5} for the LoRA's scale.
-        memory_budget: what the chain may take beyond what is allocated already: bytes, or a text such as "8GiB"; of it
-            nothing is set aside for decoding and the reward. None: what is free on the device, less what `reserve`
-            says; the least of all ranks' where there are several.
-        reserve: bytes, or a text, that memory_budget=None leaves to decoding and the reward; None: 2 GiB, or half of
-            what is free where that is less.
+        memory_budget: what the chain, decoding and the reward may take beyond what is allocated already: bytes, or a
+            text such as "8GiB". None: what is free on the device; the least of all ranks' where there are several.
+        reserve: bytes, or a text, that stored steps leave of it to decoding and the reward. None: nothing of a
+            memory_budget that is given; else 2 GiB, or half of what is free where that is less.
         plan: which steps keep what, instead of planning: `sampler.plan` of an earlier run.
         capture: whether graphs may be captured.
 
