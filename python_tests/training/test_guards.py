@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from rftcore.rewards import declare
-from rftcore.training import RunError, Trainer, UsageError, alarm, early_stop, reference, scale_sweep, weights
+from rftcore.training import RunError, Trainer, UsageError, alarm, early_stop, reference, report, scale_sweep, weights
 from rftcore.training.config import EvalConfig
 
 FAST = {"learning_rate": 0.1, "backprop_steps": 3}
@@ -372,3 +372,30 @@ def test_silent_weights_of_a_whole_unet_are_named_on_step_1(model, tmp_path):
     broken.register_forward_hook(lambda module, inputs, output: output.detach())
     with pytest.raises(RunError, match=r"of \d+ trained modules ran but received no gradient on any.*resnets.0.conv2"):
         trainer.train()
+
+
+def test_images_without_a_score_are_left_out_where_samples_may_be_dropped(model, tmp_path):
+    """One of four held-out images has no score after the first evaluation: pairs are those that have both."""
+    calls = []
+
+    @declare(differentiable=False)
+    def partial(images, prompts, metadata):
+        calls.append(1)
+        scores = torch.arange(4.0) + len(calls) * torch.tensor([1.0, 1.1, 0.9, 1.0])
+        return scores if len(calls) == 1 else scores.masked_fill(scores == scores.max(), float("nan"))
+
+    run = config(model, tmp_path / "run", reward={"on_nan": "drop"}, train={"max_train_steps": 1})
+    results = Trainer(run, held_out_reward=partial).train()
+    before, after = evaluations(tmp_path / "run")
+    assert "eval/dropped_scores" not in before and after["eval/dropped_scores"] == 1
+    assert after["eval/reward/partial"] == pytest.approx((2.0 + 3.2 + 3.8) / 3)
+    assert results["rewards"]["partial"]["change"]["mean"] == pytest.approx(1.0)
+    assert results["best"]["step"] == 1
+
+
+def test_a_judge_that_scores_nothing_is_never_best():
+    assert early_stop.best_step({0: {"b": [1.0]}, 1: {"b": [float("nan")]}}, "b") == 0
+    assert alarm.alarms("a", ["b"], {"a": [1, 1.1], "b": [float("nan")] * 2}, {"a": [0, 0], "b": [0, 0]}) == []
+    nothing = {"role": "held out", "unit": "points", **dict.fromkeys(("before", "after", "change"), report._mean([]))}
+    assert nothing["after"] == {"mean": None, "standard_error": None}
+    assert report._plus_minus(nothing["after"], sign=True) == "none scored"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from rftcore.training.validation import DIVERSITY, Mean, diversity_left
@@ -43,5 +44,5 @@ def alarms(
 
 def _change(name: str, now: Mapping[str, Sequence[float]], first: Mapping[str, Sequence[float]]) -> Mean:
     """Mean over images of what each gained; of a single image nothing is known, and nothing has changed."""
-    pairs = list(zip(first[name], now[name], strict=True))
-    return Mean.of([new - old for old, new in pairs]) if len(pairs) > 1 else Mean(0.0, 0.0)
+    gains = [new - old for old, new in zip(first[name], now[name], strict=True) if math.isfinite(new - old)]
+    return Mean.of(gains) if len(gains) > 1 else Mean(0.0, 0.0)

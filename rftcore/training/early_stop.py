@@ -5,11 +5,12 @@ So a resumed run decides as the one that was never interrupted.
 
 from __future__ import annotations
 
-import statistics
+import math
 from collections.abc import Mapping, Sequence
 
 from rftcore.training.config import EvalConfig
 from rftcore.training.errors import UsageError
+from rftcore.training.validation import Mean
 
 # step -> measure -> values, as `Progress.evaluations`
 Evaluations = Mapping[int, Mapping[str, Sequence[float]]]
@@ -31,7 +32,12 @@ def check(config: EvalConfig, held_out: Sequence[object]) -> None:
 
 def best_step(evaluations: Evaluations, judge: str) -> int:
     """The step whose evaluation has the judge's highest mean; the first of equals."""
-    return max(sorted(evaluations), key=lambda step: statistics.fmean(evaluations[step][judge]))
+
+    def mean(step: int) -> float:
+        found = Mean.of(evaluations[step][judge]).mean
+        return found if math.isfinite(found) else -math.inf
+
+    return max(sorted(evaluations), key=mean)
 
 
 def reason_to_stop(evaluations: Evaluations, judge: str, patience: int | None) -> str | None:
@@ -41,6 +47,6 @@ def reason_to_stop(evaluations: Evaluations, judge: str, patience: int | None) -
     if patience is None or since < patience:
         return None
     return (
-        f"the held-out {judge} was best at step {best} ({statistics.fmean(evaluations[best][judge]):.3f}), and not in the "
+        f"the held-out {judge} was best at step {best} ({Mean.of(evaluations[best][judge]).mean:.3f}), and not in the "
         f"{since} evaluations since (eval.early_stop_patience={patience})"
     )

@@ -36,9 +36,9 @@ def results(
         rows[judge.name] = {
             "role": "trained" if number == 0 else "held out",
             "unit": judge.unit,
-            "before": asdict(Mean.of([old for old, _ in pairs])),
-            "after": asdict(Mean.of([new for _, new in pairs])),
-            "change": asdict(Mean.of([new - old for old, new in pairs])),
+            "before": _mean([old for old, _ in pairs]),
+            "after": _mean([new for _, new in pairs]),
+            "change": _mean([new - old for old, new in pairs]),
         }
     trained, *held_out = [judge.name for judge in judges]
     return {
@@ -65,10 +65,15 @@ def results(
     }
 
 
+def _mean(values: Sequence[float]) -> dict[str, float | None]:
+    """For JSON, which knows no NaN: what no image has a value for is None."""
+    return {key: value if math.isfinite(value) else None for key, value in asdict(Mean.of(values)).items()}
+
+
 def _drift(measures: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Space -> mean distance from step 0's images; eps: from the model without its adapter."""
     found = {name.removeprefix(DRIFT): values for name, values in measures.items() if name.startswith(DRIFT)}
-    return {space: asdict(Mean.of(values)) for space, values in found.items()}
+    return {space: _mean(values) for space, values in found.items()}
 
 
 def _diversity(after: Mapping[str, Sequence[float]], before: Mapping[str, Sequence[float]]) -> dict[str, Any]:
@@ -80,7 +85,6 @@ def _diversity(after: Mapping[str, Sequence[float]], before: Mapping[str, Sequen
             found[name.removeprefix(DIVERSITY)] = {
                 "before": statistics.fmean(before[name]),
                 "after": statistics.fmean(after[name]),
-                # JSON knows no NaN.
                 "left": left if math.isfinite(left) else None,
             }
     return found
@@ -88,14 +92,14 @@ def _diversity(after: Mapping[str, Sequence[float]], before: Mapping[str, Sequen
 
 def _best(progress: Progress, judge: str) -> dict[str, Any]:
     step = early_stop.best_step(progress.evaluations, judge)
-    return {"judge": judge, "step": step, **asdict(Mean.of(progress.evaluations[step][judge]))}
+    return {"judge": judge, "step": step, **_mean(progress.evaluations[step][judge])}
 
 
 def _scales(sweep: Sweep, rewards: Mapping[str, Any], before: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
     return [
         {
             "scale": scale,
-            "rewards": {name: asdict(Mean.of(measures[name])) for name in rewards},
+            "rewards": {name: _mean(measures[name]) for name in rewards},
             "drift": _drift(measures),
             "diversity": _diversity(measures, before),
         }
@@ -178,7 +182,7 @@ def _guards(figures: dict[str, Any]) -> Iterator[str]:
             yield f"diversity among a prompt's images: {value['left']:.0%} of step 0's ({space})"
     if best is not None:
         kept = "before training" if best["step"] == 0 else "kept in best/"
-        yield f"the held-out {best['judge']} was best at step {best['step']}: {best['mean']:.3f} ({kept})"
+        yield f"the held-out {best['judge']} was best at step {best['step']}: {_plus_minus(best, sign=False)} ({kept})"
     if figures["stopped"]:
         yield f"stopped early: {figures['stopped']}"
     for sentence in figures["alarms"]:
@@ -227,5 +231,7 @@ def _evaluated_on(evaluation: dict[str, Any]) -> str:
     )
 
 
-def _plus_minus(value: dict[str, float], *, sign: bool) -> str:
+def _plus_minus(value: dict[str, float | None], *, sign: bool) -> str:
+    if value["mean"] is None:
+        return "none scored"
     return f"{value['mean']:{'+' if sign else ''}.3f} ± {value['standard_error']:.3f}"

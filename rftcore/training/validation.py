@@ -26,15 +26,18 @@ _EPS_STEPS = 5
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean over n images with its standard error (s / sqrt(n), 0 for one image)."""
+    """A mean over the n images that have a value, with its standard error: s / sqrt(n), 0 for one image; NaN for none."""
 
     mean: float
     standard_error: float
 
     @classmethod
     def of(cls, scores: Sequence[float]) -> Mean:
-        spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-        return cls(statistics.fmean(scores), spread / math.sqrt(len(scores)))
+        kept = [score for score in scores if math.isfinite(score)]
+        if not kept:
+            return cls(math.nan, math.nan)
+        spread = statistics.stdev(kept) if len(kept) > 1 else 0.0
+        return cls(statistics.fmean(kept), spread / math.sqrt(len(kept)))
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Evaluation:
     """What was seen of N images of P prompts, the same on every process. Image j shows prompt j mod P.
 
     Attributes:
-        scores: judge -> (N,) reward points.
+        scores: judge -> (N,) reward points, NaN where a judge had none and such samples are dropped.
         eps_drift: (N,) mean squared difference of the guided eps (or what the model predicts) from the model without
             its adapter, at the chain's own states, a mean over steps; empty where there is no adapter.
         features: space -> (N, ...) on the CPU.
@@ -134,7 +137,8 @@ class Validation:
         trajectory = self.engine.sample(self.sampler, Samples(indices, prompts, noise))
         images = torch.cat([decode(self.engine.vae, latent) for latent in trajectory.latents.split(1)])  # (b, 3, H, W)
         # Scored as the output of a pixel-space model: decoded once for all judges.
-        scores = [score(None, images * 2 - 1, judge, prompts, images_per_call=len(prompts)) for judge in self.judges]
+        given = {"images_per_call": len(prompts), "on_nan": self.engine.config.reward.on_nan}
+        scores = [score(None, images * 2 - 1, judge, prompts, **given) for judge in self.judges]
         per_image = torch.stack(scores, dim=1).double().tolist()  # (b, judges)
         eps_drift = self._eps_drift(trajectory, prompts)
         # Copies: a row would keep its whole batch.
@@ -167,6 +171,8 @@ class Validation:
 def metrics(now: Mapping[str, Sequence[float]], first: Mapping[str, Sequence[float]]) -> dict[str, float]:
     """The figures of an evaluation's measures, as they are logged; `first` are those of step 0."""
     logged = {}
+    if dropped := sum(not math.isfinite(value) for values in now.values() for value in values):
+        logged["eval/dropped_scores"] = float(dropped)
     for name, values in now.items():
         if name.startswith(DIVERSITY):
             space = name.removeprefix(DIVERSITY)
