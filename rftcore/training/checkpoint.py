@@ -139,7 +139,8 @@ def only_begun(output_dir: Path, config: RunConfig) -> bool:
     """
     begun = output_dir / CONFIG
     if not begun.is_file() or folders(output_dir):
-        return False
+        # Nothing but half a file: stopped before its config was written.
+        return output_dir.is_dir() and all(path.name.endswith(".partial") for path in output_dir.iterdir())
     with _reading(begun):
         stored = _flattened(yaml.safe_load(begun.read_text(encoding="utf-8")))
     _check_same_run(begun, stored, config)
