@@ -37,7 +37,7 @@ class Ddpo:
         """Any reward will do."""
 
     def epoch(self, epoch: int) -> Iterator[Update]:
-        batch_size, tally = self.train.batch_size, Tally()
+        batch_size, fraction, tally = self.train.batch_size, self.train.timestep_fraction, Tally()
         indices = [batch * batch_size + place for batch in range(self.batches) for place in self.share.places]
         rollout = draw(
             self.engine, self.sampler, epoch, indices, self.at_once, tally, merged=self.train.merged_rollouts
@@ -45,15 +45,17 @@ class Ddpo:
         advantages, constant = self._advantages(rollout, epoch)
         old = rollout.trajectory.log_probs.clone()  # (n, T)
         first_rows = torch.arange(len(indices)).reshape(self.batches, -1)  # (batches, places)
-        first_steps = self._timesteps(rollout, epoch, 0)
+        first_steps = self._timesteps(rollout, epoch, 0, fraction)
         if self._rescores() and not constant:
-            self._rescore(rollout, first_rows, first_steps, old, tally)
+            # Later inner epochs draw other steps than the first one's.
+            rescored = first_steps if self.train.inner_epochs == 1 else self._timesteps(rollout, epoch, 0, 1.0)
+            self._rescore(rollout, first_rows, rescored, old, tally)
         for inner in range(self.train.inner_epochs):
             rows, steps = first_rows, first_steps
             if inner:
                 lanes = shuffled_in_lanes(self.batches, batch_size, self.engine.config.seed, "lanes", epoch, inner)
                 rows = lanes[:, self.share.places] * self.share.size + torch.arange(self.share.size)
-                steps = self._timesteps(rollout, epoch, inner)
+                steps = self._timesteps(rollout, epoch, inner, fraction)
             for batch in range(self.batches):
                 if constant:
                     tally.skipped = constant
@@ -89,10 +91,10 @@ class Ddpo:
         clip = self.train.advantage_clip
         return advantages.clamp(-clip, clip)[rollout.indices].to(rollout.trajectory.log_probs), constant
 
-    def _timesteps(self, rollout: Rollout, epoch: int, inner: int) -> Tensor:
-        """(n, S) the steps of each sample that are trained on, in an order of its own."""
+    def _timesteps(self, rollout: Rollout, epoch: int, inner: int, fraction: float) -> Tensor:
+        """(n, S) this share of the steps of each sample, drawn and in an order of its own; a larger one begins alike."""
         noisy = rollout.trajectory.stochastic.nonzero().flatten().cpu()
-        count = max(1, int(self.train.timestep_fraction * len(noisy)))
+        count = max(1, int(fraction * len(noisy)))
         seed = self.engine.config.seed
         orders = [
             torch.randperm(len(noisy), generator=generator(seed, "timesteps", epoch, inner, index))[:count]
@@ -111,7 +113,7 @@ class Ddpo:
 
     @torch.no_grad()
     def _rescore(self, rollout: Rollout, rows: Tensor, steps: Tensor, old: Tensor, tally: Tally) -> None:
-        """Writes into `old` (n, T) what training would find before its first update."""
+        """Writes into `old` (n, T) what training would find before its first update, of steps (n, S)."""
         with self.engine.clock.measure("train"):
             for part in self._parts(rows.flatten()):
                 for taken in steps[part].unbind(1):
