@@ -73,9 +73,9 @@ class RewardGradient:
 
     def loss_of_kept(self, scores: Scores, tally: Tally) -> Tensor:
         """The loss of the samples that were not dropped, as their share of the part's mean."""
-        r, kept = scores.rewards, scores.kept
+        r, kept = scores.rewards, scores.rewards[scores.kept]
         # Where all were dropped the gradient is zero, and not absent: other processes wait to average theirs.
-        loss = self.loss(r[kept]) * (kept.sum() / len(kept)) if kept.any() else (r.nan_to_num() * 0).sum()
+        loss = self.loss(kept) * (len(kept) / len(r)) if len(kept) else (r.nan_to_num() * 0).sum()
         tally.note("train/loss", loss)
         return loss
 
