@@ -39,7 +39,7 @@ class Regression:
         """Any reward will do."""
 
     def weights(self, prompts: list[str], r: Tensor) -> Tensor:
-        """(N,) of all samples' rewards (N,)."""
+        """(N,) of all samples' rewards (N,); a sample of weight 0 is not trained on."""
         raise NotImplementedError
 
     def loss(self, given: dict[str, Any], rows: dict[str, Tensor], tally: Tally) -> Tensor:
@@ -127,7 +127,8 @@ class Sft(Regression):
     pretrained = True
 
     def weights(self, prompts: list[str], r: Tensor) -> Tensor:
-        return r + self.train.gamma
+        # Every sample counts: what reward + gamma makes of it is the loss's part, and can be 0 or less.
+        return torch.ones_like(r)
 
     def loss(self, given: dict[str, Any], rows: dict[str, Tensor], tally: Tally) -> Tensor:
         train, output = self.train, self.sampler.predict(rows["x_t"], rows["t"], **given)
