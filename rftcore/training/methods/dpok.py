@@ -50,10 +50,13 @@ class Dpok:
         tally = Tally()
         rollout = draw(self.engine, self.sampler, epoch, self.own.places, self.at_once, tally)
         self._remember(rollout)
-        for update in range(self.train.value_updates):
+        for update in range(self.train.value_updates if len(self.buffer) else 0):
             self._learn_values(epoch, update, tally)
         for update in range(self.train.policy_steps):
-            self._accumulate(epoch, update, tally)
+            if len(self.buffer):
+                self._accumulate(epoch, update, tally)
+            else:
+                tally.skipped = "no reward has been finite so far"
             yield tally.update()
             tally = Tally()
 
