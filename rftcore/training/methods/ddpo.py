@@ -13,9 +13,12 @@ from rftcore.algorithms.advantages import PromptStatistics, standardised
 from rftcore.rewards import Reward
 from rftcore.training.batches import generator, shuffled_in_lanes
 from rftcore.training.engine import Engine
-from rftcore.training.errors import RunError
 from rftcore.training.methods.method import Tally, Update
-from rftcore.training.methods.rollouts import Rollout, draw, everyones_rewards
+from rftcore.training.methods.rollouts import Rollout, check_same_model, draw, everyones_rewards
+
+_REMEDY = (
+    "Set train.rescore=true (old log-probabilities are made again by the training's own path), or mixed_precision=no"
+)
 
 
 class Ddpo:
@@ -154,7 +157,7 @@ class Ddpo:
             if before_any_update:
                 ratios = (log_prob.detach() - old).abs()
                 tally.note_largest("train/max_log_ratio_before_update", ratios)
-                _check_same_model(float(ratios.max()), clip)
+                check_same_model(float(ratios.max()), clip, _REMEDY)
             tally.note("train/approx_kl", ddpo.approx_kl(log_prob, old))
             tally.note("train/clip_frac", ddpo.clip_fraction(log_prob, old, clip))
         tally.note("train/loss", loss)
@@ -162,12 +165,3 @@ class Ddpo:
 
     def _parts(self, rows: Tensor) -> Sequence[Tensor]:
         return rows.split(len(self.share.parts()[0]))
-
-
-def _check_same_model(log_ratio: float, clip_range: float) -> None:
-    if not log_ratio <= clip_range / 10:
-        raise RunError(
-            f"before the first update of an epoch log-probabilities differ from those of sampling by {log_ratio:.2g}, "
-            f"more than a tenth of train.clip_range={clip_range}: ratios would measure rounding. Set train.rescore=true "
-            "(old log-probabilities are made again by the training's own path), or mixed_precision=no"
-        )

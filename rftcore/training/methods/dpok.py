@@ -16,7 +16,7 @@ from rftcore.sampling.transitions import Transitions
 from rftcore.training.batches import derived_seed, endless, generator
 from rftcore.training.engine import Engine
 from rftcore.training.methods.method import Tally, Update
-from rftcore.training.methods.rollouts import Rollout, draw
+from rftcore.training.methods.rollouts import Rollout, check_same_model, draw
 from rftcore.training.transition_buffer import TransitionBuffer
 
 # Columns of the buffer that are looked at, not computed with.
@@ -49,12 +49,12 @@ class Dpok:
     def epoch(self, epoch: int) -> Iterator[Update]:
         tally = Tally()
         rollout = draw(self.engine, self.sampler, epoch, self.own.places, self.at_once, tally)
-        self._remember(rollout)
+        added = self._remember(rollout, tally)
         for update in range(self.train.value_updates if len(self.buffer) else 0):
             self._learn_values(epoch, update, tally)
         for update in range(self.train.policy_steps):
             if len(self.buffer):
-                self._accumulate(epoch, update, tally)
+                self._accumulate(epoch, update, 0 if update else added, tally)
             else:
                 tally.skipped = "no reward has been finite so far"
             yield tally.update()
@@ -88,8 +88,11 @@ class Dpok:
         value = value.to(engine.device, self.sampler.denoiser.state_dtype)
         return value, torch.optim.AdamW(value.parameters(), lr=self.train.value_learning_rate)
 
-    def _remember(self, rollout: Rollout) -> None:
-        """Adds the transitions of all processes' samples to the buffer of each; a dropped sample's are left out."""
+    def _remember(self, rollout: Rollout, tally: Tally) -> int:
+        """Adds the transitions of all processes' samples to the buffer of each, and says how many it now has of them.
+
+        A dropped sample's are left out.
+        """
         trajectory = rollout.trajectory
         steps = trajectory.stochastic.nonzero().flatten().cpu()
         transitions = trajectory.transitions(steps)
@@ -102,7 +105,7 @@ class Dpok:
             "x": transitions.x,
             "next_x": transitions.next_x,
             "steps": transitions.steps,
-            "log_probs": transitions.log_probs,
+            "log_probs": self._old_log_probs(transitions, tally),
             "rewards": rewards.to(transitions.log_probs).repeat_interleave(len(steps)),
             "prompts": numbers.repeat_interleave(len(steps)),
         }
@@ -110,6 +113,21 @@ class Dpok:
         kept = gathered["rewards"].isfinite()
         if kept.any():
             self.buffer.add({name: column[kept] for name, column in gathered.items()})
+        return min(int(kept.sum()), len(self.buffer))
+
+    @torch.no_grad()
+    def _old_log_probs(self, transitions: Transitions, tally: Tally) -> Tensor:
+        """(N,) as they were sampled or, in low precision, as training would find them before its first update."""
+        if self.engine.config.mixed_precision == "no":
+            return transitions.log_probs
+        found, at_once = torch.empty_like(transitions.log_probs), len(self.share.parts()[0])
+        # The last batch is filled up: one of another size would be another path.
+        places = torch.arange(-(-len(found) // at_once) * at_once) % len(found)
+        with self.engine.clock.measure("train"):
+            for rows in places.split(at_once):
+                found[rows] = self.sampler.transition_log_prob(transitions[rows])[0]
+                tally.unet_evaluations += at_once * self.engine.branches
+        return found
 
     def _learn_values(self, epoch: int, update: int, tally: Tally) -> None:
         """One step of the value function, the same on every process."""
@@ -127,8 +145,11 @@ class Dpok:
         """As many of the buffer's rows, or all; none twice."""
         return torch.randperm(len(self.buffer), generator=generator(*key))[:rows]
 
-    def _accumulate(self, epoch: int, update: int, tally: Tally) -> None:
-        """Leaves the policy's gradient of one batch of the buffer's transitions."""
+    def _accumulate(self, epoch: int, update: int, added: int, tally: Tally) -> None:
+        """Leaves the policy's gradient of one batch of the buffer's transitions.
+
+        Its `added` newest ones were sampled by the UNet as it is now.
+        """
         seed, train, parts = self.engine.config.seed, self.train, self.share.parts()
         taken = endless(len(self.buffer), 0, train.batch_size, seed, "policy batch", epoch, update)
         for number, places in enumerate(parts):
@@ -149,11 +170,22 @@ class Dpok:
                     )
                 self.engine.backward(loss / len(parts))
             tally.unet_evaluations += 2 * len(places) * self.engine.branches
-            ratio = (log_prob.detach() - rows["log_probs"]).exp()
+            log_ratio = log_prob.detach() - rows["log_probs"]
+            if not update:
+                fresh = taken[list(places)] >= len(self.buffer) - added
+                apart = log_ratio.abs().where(fresh.to(log_ratio.device), 0)
+                tally.note_largest("train/max_log_ratio_before_update", apart)
+                check_same_model(float(apart.max()), train.clip_range, self._remedy())
             tally.note("train/loss", loss)
             tally.note("train/divergence", divergence)
             tally.note("train/advantage", advantages)
-            tally.note("train/clip_frac", ((ratio - 1).abs() > train.clip_range).double())
+            tally.note("train/clip_frac", ((log_ratio.exp() - 1).abs() > train.clip_range).double())
+
+    def _remedy(self) -> str:
+        rows = len(self.share.parts()[0])
+        return (
+            f"Set train.rollout_batch_size={rows}, the transitions that are trained on at once, or mixed_precision=no"
+        )
 
     def _rows(self, taken: Tensor) -> dict[str, Tensor]:
         rows = self.buffer.take(taken)

@@ -12,6 +12,7 @@ from torch import Tensor
 from rftcore.sampling import CheckpointedSampler, Trajectory
 from rftcore.sampling.adapters import adapters_off
 from rftcore.training.engine import Engine, Scores
+from rftcore.training.errors import RunError
 from rftcore.training.methods.method import Tally
 
 
@@ -73,3 +74,12 @@ def everyones_rewards(engine: Engine, rollout: Rollout, epoch: int) -> tuple[lis
     rewards = torch.empty(len(gathered["index"]), dtype=torch.float64)
     rewards[gathered["index"]] = gathered["reward"]
     return [engine.plan.prompt(epoch, index) for index in range(len(rewards))], rewards
+
+
+def check_same_model(log_ratio: float, clip_range: float, remedy: str) -> None:
+    """Raises RunError where old and new log-probabilities differ by too much for one and the same model."""
+    if not log_ratio <= clip_range / 10:
+        raise RunError(
+            f"before the first update of an epoch log-probabilities differ from those of sampling by {log_ratio:.2g}, "
+            f"more than a tenth of train.clip_range={clip_range}: ratios would measure rounding. {remedy}"
+        )
