@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from rftcore.training import grids
+from rftcore.training import grids, validation
 from rftcore.training.drift import distance, diversity, thumbnails
 from rftcore.training.validation import Evaluation, metrics
 
@@ -109,3 +109,11 @@ def test_first_columns_are_cut_from_grids_of_any_scale():
     for column, scale in enumerate((0.0, 0.5, 1.0)):
         for row in range(2):
             assert joined.getpixel((132 + 112 * column + 3, 24 + 112 * row + 3))[0] == int(100 * scale) + row
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "expected"),
+    [(1, 3, [0]), (3, 3, [0, 1, 2]), (10, 3, [0, 4, 9]), (50, 5, [0, 12, 24, 37, 49]), (2, 5, [0, 1])],
+)
+def test_steps_that_are_compared_reach_from_the_first_to_the_last(count, most, expected):
+    assert validation._spread(count, most) == expected

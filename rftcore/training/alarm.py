@@ -28,8 +28,8 @@ def alarms(
             if fall.mean < -_ERRORS * fall.standard_error:
                 found.append(
                     f"the trained reward {trained} rose by {rise.mean:.3g} ± {rise.standard_error:.2g} since step 0 and "
-                    f"the held-out {name} fell by {-fall.mean:.3g} ± {fall.standard_error:.2g}: the reward is being "
-                    "exploited; look at the samples"
+                    f"the held-out {name} fell by {-fall.mean:.3g} ± {fall.standard_error:.2g}: the model may be "
+                    "exploiting the reward; look at the samples"
                 )
     for name in now:
         if name.startswith(DIVERSITY):
@@ -37,7 +37,7 @@ def alarms(
             if left < _LEAST_DIVERSITY:
                 found.append(
                     f"the images of a prompt differ by {left:.0%} of what they did at step 0 "
-                    f"({name.removeprefix(DIVERSITY)}): the model is collapsing; look at the samples"
+                    f"({name.removeprefix(DIVERSITY)}): the model may be collapsing; look at the samples"
                 )
     return found
 

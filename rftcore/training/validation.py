@@ -20,8 +20,9 @@ from rftcore.training.drift import Features, distance, diversity, thumbnails
 from rftcore.training.engine import Engine, Samples
 
 DRIFT, DIVERSITY = "drift/", "diversity/"
-# Of a chain's steps, those at which the model is compared with the one without its adapter: two evaluations each.
-_EPS_STEPS = 5
+# Of a chain's steps, the share at which the model is compared with the one without its adapter, but at least so many.
+# Each takes two evaluations more: a fifth of the sampling at 50 steps.
+_EPS_SHARE, _EPS_LEAST = 0.1, 3
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Evaluation:
     Attributes:
         scores: judge -> (N,) reward points, NaN where a judge had none and such samples are dropped.
         eps_drift: (N,) mean squared difference of the guided eps (or what the model predicts) from the model without
-            its adapter, at the chain's own states, a mean over steps; empty where there is no adapter.
+            its adapter, at the chain's own states, a mean over some of its steps; empty where there is no adapter.
         features: space -> (N, ...) on the CPU.
         prompts: P.
         grid: the first prompts' images.
@@ -155,11 +156,12 @@ class Validation:
         ]
 
     def _eps_drift(self, trajectory: Trajectory, prompts: list[str]) -> list[float | None]:
-        """Of each sample: mean over steps of the mean squared difference from the model without its adapter."""
+        """Of each sample: mean over evenly spread steps of the mean squared difference from the model without adapter."""
         if not weights.is_lora(self.engine.model):
             return [None] * len(prompts)
         given, total = self.engine.inputs.batch(prompts), 0.0
-        steps = _spread(len(trajectory.timesteps), _EPS_STEPS)
+        count = len(trajectory.timesteps)
+        steps = _spread(count, max(_EPS_LEAST, round(_EPS_SHARE * count)))
         for step in steps:
             x_t, t = trajectory.states[step], trajectory.timesteps[step]
             base = self.sampler.predict(x_t, t, **given, adapter=False)
