@@ -132,13 +132,18 @@ class ByHand:
             found.append((-(z**2) / 2 - math.log(sigma) - math.log(2 * math.pi) / 2).mean())
         return found
 
-    def eps_differences(self, rows):
-        """mean (eps_theta - eps_pre)^2 of (step, x, prompt) each."""
+    def differences(self, rows):
+        """mean (m_theta - m_pre)^2 of (step, x, prompt) each."""
         steps, x, prompts = zip(*rows, strict=True)
         x, t = torch.cat(x), torch.tensor([self.t[i] for i in steps])
         with torch.no_grad():
             base = self.output(x, t, prompts, base=True)
         return ((self.output(x, t, prompts) - base) ** 2).mean(dim=(1, 2, 3)).unbind()
+
+    def eps_differences(self, rows):
+        """mean (eps_theta - eps_pre)^2 of (step, x, prompt) each: d eps / d v = sqrt(alpha_bar)."""
+        scale = [1.0 if self.kind == "epsilon" else self.a(i)[0] for i, *_ in rows]
+        return [a * difference for a, difference in zip(scale, self.differences(rows), strict=True)]
 
     def kls(self, rows):
         """Per element, at shared variance: c^2 / (2 sigma^2) d eps^2, where the model predicts eps and clips nothing."""
@@ -203,29 +208,30 @@ class ByHand:
         return indices, [self.prompt(epoch, index) for index in indices]
 
     def reward_gradient(self, epoch, loss, path, **options):
-        """mean over the batch of loss(r), along a path."""
+        """The mean over the batch of loss(r), 0 where there is no r, along a path."""
         indices, prompts = self.batch(epoch)
         end = self.chain(epoch, indices, path.modes, x0=path.output == "x0", **options)[-1]
-        loss(self.r(end, prompts)).mean().backward()
+        (sum_of_finite(loss(self.r(end, prompts))) / len(indices)).backward()
 
-    def draft_lv(self, epoch):
+    def draft_lv(self, epoch, positive_only=False):
         (indices, prompts), t = self.batch(epoch), self.t[-1]
         a = self.alphas[t]
-        x_0 = self.chain(epoch, indices, ["none"] * (self.T - 1) + ["full"])[-1]
+        x_0 = self.chain(epoch, indices, ["none"] * (self.T - 1) + ["full"], positive_only=positive_only)[-1]
         total = self.r(x_0, prompts)
         for draw in range(self.config.train.noise_draws):
             sources = [generator(self.config.seed, "noise again", epoch, index, draw) for index in indices]
             x_1 = math.sqrt(a) * x_0.detach() + math.sqrt(1 - a) * randn_tensor(x_0.shape, sources, dtype=x_0.dtype)
-            total = total + self.r(self.x0_and_eps(a, x_1, self.output(x_1, t, prompts))[0], prompts)
-        (-total).mean().backward()
+            m = self.output(x_1, t, prompts, positive_only=positive_only)
+            total = total + self.r(self.x0_and_eps(a, x_1, m)[0], prompts)
+        (-sum_of_finite(total) / len(indices)).backward()
 
     def draft_plus(self, epoch):
         train, (indices, prompts) = self.config.train, self.batch(epoch)
         first = self.T - train.backprop_steps
         states = self.chain(epoch, indices, ["none"] * first + ["full"] * train.backprop_steps)
         rows = [(i, states[i][[n]].detach(), prompt) for i in range(first, self.T) for n, prompt in enumerate(prompts)]
-        d = torch.stack(self.eps_differences(rows))
-        (train.kl_coeff * d.mean() - self.r(states[-1], prompts).mean()).backward()
+        d = torch.stack(self.differences(rows))
+        (train.kl_coeff * d.mean() - sum_of_finite(self.r(states[-1], prompts)) / len(indices)).backward()
 
     @torch.no_grad()
     def rollout(self, epoch, *, base=False):
@@ -306,6 +312,8 @@ class ByHand:
         train, seed = self.config.train, self.config.seed
         with torch.no_grad():
             for prompt, states, r in self.rollout(epoch):
+                if not math.isfinite(r):
+                    continue
                 rows = [(i, states[i], states[i + 1], prompt) for i in self.noisy()]
                 target = max(r, 0.0) if train.reward_filter else r
                 self.buffer += [(*row, p, target) for row, p in zip(rows, self.log_probs(rows), strict=True)]
@@ -339,7 +347,7 @@ class ByHand:
         sft = self.config.algorithm == "sft"
         rollout = self.rollout(epoch, base=sft)
         weights = [r + train.gamma for *_, r in rollout] if sft else self.rwr_weights(rollout)
-        counting = [n for n, w in enumerate(weights) if sft or w]
+        counting = [n for n, w in enumerate(weights) if math.isfinite(w) and (sft or w)]
         for update in range(train.updates_per_epoch):
             order = endless(len(counting), update * B, B, seed, "order", epoch)
             x, t, targets, prompts, w = [], [], [], [], []
@@ -401,3 +409,8 @@ class ValueByHand:
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
+
+
+def sum_of_finite(values):
+    """Of those that are numbers, with their gradient."""
+    return values[values.isfinite()].sum()
