@@ -232,6 +232,12 @@ class RunConfig:
                 f"train.lr_warmup_steps={train.lr_warmup_steps} has no effect with train.lr_scheduler=constant; "
                 "choose constant_with_warmup or linear"
             )
+        if self.memory.compile and self.memory.accelerate:
+            found.append(
+                "memory.compile=true with memory.accelerate=true: torch.compile does not look into rftcore's blocks, so "
+                "that nothing is left to compile; set memory.compile=false, or memory.accelerate=false to have "
+                "diffusers' own blocks compiled"
+            )
         if not lora.target_modules:
             found.append("lora.target_modules is empty; name at least one module, such as to_q")
         found += train.problems(sampling)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration, set_seed
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -26,12 +25,14 @@ from rftcore.training import (
     early_stop,
     environment,
     grids,
+    hub,
     memory_plan,
     parsing,
     pipeline,
     reference,
     report,
     scale_sweep,
+    trackers,
     validation,
     weights,
 )
@@ -40,6 +41,7 @@ from rftcore.training.algorithm_configs import batch_shares
 from rftcore.training.batches import SamplePlan, derived_seed
 from rftcore.training.callbacks import Callback
 from rftcore.training.checkpoint import Progress, Trained
+from rftcore.training.compilation import compile_unet
 from rftcore.training.config import RunConfig
 from rftcore.training.ema import Ema
 from rftcore.training.engine import Engine
@@ -109,6 +111,8 @@ class Trainer:
         self._resume_from = self._find_start()
         self.accelerator = _accelerator(config)
         batch_shares(config, self.accelerator.num_processes)
+        if self.accelerator.is_main_process:
+            hub.check(config)
         self._build(pipeline)
         self.progress = Progress()
         if self._resume_from is not None:
@@ -175,6 +179,8 @@ class Trainer:
             clock=Stopwatch(device),
             memory_plan=self._earlier_plan(),
         )
+        if config.memory.compile:
+            compile_unet(self.engine)
         self.method = METHODS[config.algorithm](self.engine)
         self.validation = Validation(self.engine, self.method.sampler, self.validation_prompts, self.judges)
         decay, parameters = config.train.ema_decay, weights.trainable(self.engine.model).values()
@@ -249,14 +255,12 @@ class Trainer:
 
     def _open(self) -> None:
         self.accelerator.wait_for_everyone()
+        run, step = self.directory.path.resolve().name, self.progress.step
+        trackers.start(self.accelerator, run, checkpoint.flat(self.config), step)
         if self.accelerator.is_main_process:
             self.directory.write(CONFIG, parsing.to_yaml(self.config))
             self.directory.write("env.json", environment.describe(self.accelerator.num_processes))
             self.directory.rewind_metrics(self._resume_from)
-        if self.config.report_to is not None:
-            # A resumed run writes the steps after its checkpoint again: the old ones are not to be shown twice.
-            purge = {self.config.report_to: {"purge_step": self.progress.step + 1}}
-            self.accelerator.init_trackers("", init_kwargs=purge)
 
     def _epoch(self, epoch: int) -> None:
         started = time.perf_counter()
@@ -375,6 +379,7 @@ class Trainer:
         first = self.progress.evaluations.get(0, now)
         if main:
             self.directory.write(self.directory.sample_grid(step), _png(evaluation.grid))
+        trackers.log_image(self.accelerator, "eval/samples", evaluation.grid, step)
         wrong = alarm.alarms(self.judges[0].name, [judge.name for judge in self.judges[1:]], now, first)
         figures = validation.metrics(now, first)
         metrics = self._log({**figures, "eval/alarm": float(bool(wrong)), "time/eval_s": time.perf_counter() - started})
@@ -472,6 +477,8 @@ class Trainer:
             self.directory.write("README.md", self._model_card(figures))
             self.bar.close()
             print(f"\n{report.table(figures)}\n\nwritten to {self.directory.path}", flush=True)
+            if self.config.push_to_hub:
+                print(hub.push(self.config), flush=True)
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return figures
@@ -554,15 +561,11 @@ def _judges(
 
 
 def _accelerator(config: RunConfig) -> Accelerator:
-    # accelerate itself would go on without the tracker, and say nothing.
-    if config.report_to is not None and config.report_to not in map(str, get_available_trackers()):
-        raise UsageError(
-            f"report_to={config.report_to} is not installed; pip install {config.report_to}, or leave it null"
-        )
+    log_with = trackers.names(config.report_to)
     try:
         return Accelerator(
             mixed_precision=config.mixed_precision,
-            log_with=config.report_to,
+            log_with=log_with or None,
             project_config=ProjectConfiguration(
                 project_dir=config.output_dir, logging_dir=str(RunDirectory(config.output_dir).path / "logs")
             ),
