@@ -234,6 +234,11 @@ def checkpoints(config: RunConfig) -> int:
     return _times(config, config.checkpointing_steps)
 
 
+def _swept(config: RunConfig) -> int:
+    """Scales of the adapter at which it is evaluated at the end; none and all of it are known."""
+    return len({*config.eval.lora_scales} - {0.0, 1.0}) if config.train.weights == "lora" else 0
+
+
 def _times(config: RunConfig, every: int | None) -> int:
     """Of a run's epochs, those that are the last or in which a multiple of `every` steps is passed."""
     updates = config.train.updates_per_epoch
@@ -253,6 +258,7 @@ def whole_run_s(config: RunConfig, figures: Figures) -> float:
         + (epochs - 1) * figures.epoch_s
         + evaluations(config) * figures.validation_s
         + checkpoints(config) * figures.checkpoint_s
+        + _swept(config) * figures.validation_s
     )
 
 

@@ -49,6 +49,8 @@ FREE_KEYS = {
     "memory.capture",
     "reward.images_per_call",
     "eval.validation_steps",
+    "eval.early_stop_patience",
+    "eval.lora_scales",
     "eval.batch_size",
 }
 
@@ -57,7 +59,7 @@ FREE_KEYS = {
 class Progress:
     """How far a run is: what a checkpoint holds beside tensors.
 
-    evaluations: step -> reward name -> one score for each validation image.
+    evaluations: step -> measure -> values, as `Evaluation.measures` gives them.
     idle_epochs: how many in a row, the last among them, had nothing to learn from.
     Randomness has no state to keep: it is a function of the seed and the step.
     """
