@@ -13,11 +13,12 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from rftcore.rewards import Reward
-from rftcore.sampling import CheckpointedSampler, GradientPath, Plan, Trajectory, score
+from rftcore.sampling import CheckpointedSampler, GradientPath, Trajectory, score
 from rftcore.training.accounting import Stopwatch
 from rftcore.training.batches import SamplePlan, Share
 from rftcore.training.config import RunConfig
 from rftcore.training.errors import UsageError
+from rftcore.training.memory_plan import Memory
 from rftcore.training.prompt_inputs import PromptInputs
 
 
@@ -48,7 +49,7 @@ class Engine:
     """The parts of a run, and the few compositions of them that every algorithm needs.
 
     unet is as accelerate prepared it (DDP-wrapped on several processes); `model` is the UNet inside. vae is None for a
-    model of pixels. memory_plan is that of the run that is resumed.
+    model of pixels. memory is what chains are planned with.
     """
 
     accelerator: Accelerator
@@ -61,7 +62,7 @@ class Engine:
     reward: Reward
     config: RunConfig
     clock: Stopwatch
-    memory_plan: Plan | None = None
+    memory: Memory
 
     @property
     def model(self) -> nn.Module:
@@ -90,7 +91,7 @@ class Engine:
 
         Raises: UsageError for settings that the model's scheduler cannot serve.
         """
-        settings, memory = self.config.sampling, self.config.memory
+        settings = self.config.sampling
         try:
             return CheckpointedSampler(
                 self.unet,
@@ -98,10 +99,9 @@ class Engine:
                 num_inference_steps=settings.num_inference_steps,
                 guidance_scale=settings.guidance_scale,
                 eta=settings.eta,
-                memory_budget=None if self.memory_plan is not None else memory.budget,
-                reserve=memory.reserve,
-                plan=self.memory_plan,
-                capture=memory.capture,
+                memory_budget=self.memory.budget,
+                reserve=self.memory.reserve,
+                capture=self.config.memory.capture,
                 **gradient,
             )
         except (TypeError, ValueError) as error:

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 from accelerate import Accelerator
 from torch import distributed
 
-from rftcore.training.errors import Interrupted, RunError
+from rftcore.training.errors import Interrupted, RunError, UsageError
 
 _KEY = "rftcore/failure"
+
+
+def check_joined(accelerator: Accelerator) -> None:
+    """Raises UsageError where a launcher started several processes and each takes itself for the only one."""
+    launched = os.environ.get("WORLD_SIZE", "1")
+    if accelerator.num_processes == 1 and launched != "1":
+        raise UsageError(
+            f"the launcher started {launched} processes (WORLD_SIZE={launched}), and accelerate joined none of them: "
+            "each would write the same run. Without a GPU set ACCELERATE_USE_CPU=true, or start one process"
+        )
 
 
 @contextmanager

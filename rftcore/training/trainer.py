@@ -18,7 +18,7 @@ from PIL import Image
 
 from rftcore import blocks, rewards
 from rftcore import prompts as prompt_sources
-from rftcore.sampling import Plan, RewardError
+from rftcore.sampling import RewardError
 from rftcore.training import (
     alarm,
     checkpoint,
@@ -53,7 +53,7 @@ from rftcore.training.methods import METHODS, Update
 from rftcore.training.optimization import LossScaling, make_lr_scheduler, make_optimizer
 from rftcore.training.progress_bar import ProgressBar
 from rftcore.training.prompt_inputs import encode_prompts
-from rftcore.training.ranks import failing_together
+from rftcore.training.ranks import check_joined, failing_together
 from rftcore.training.run_directory import CONFIG, RunDirectory
 from rftcore.training.scale_sweep import Sweep, sweep
 from rftcore.training.validation import Validation
@@ -110,6 +110,7 @@ class Trainer:
         self.directory = RunDirectory(config.output_dir)
         self._resume_from = self._find_start()
         self.accelerator = _accelerator(config)
+        check_joined(self.accelerator)
         batch_shares(config, self.accelerator.num_processes)
         if self.accelerator.is_main_process:
             hub.check(config)
@@ -177,7 +178,7 @@ class Trainer:
             reward=self.judges[0],
             config=config,
             clock=Stopwatch(device),
-            memory_plan=self._earlier_plan(),
+            memory=self._memory(unet),
         )
         if config.memory.compile:
             compile_unet(self.engine)
@@ -193,12 +194,13 @@ class Trainer:
             None if decay is None else Ema(parameters, decay),
         )
 
-    def _earlier_plan(self) -> Plan | None:
-        """The memory plan of the run that is resumed."""
-        if self._resume_from is None:
-            return None
-        _, batch = batch_shares(self.config, self.accelerator.num_processes)
-        return memory_plan.load(self.directory, self.config, batch)
+    def _memory(self, unet: Any) -> memory_plan.Memory:
+        """What the chains are planned with; that of the run that is resumed, unless its settings were others."""
+        if self._resume_from is not None and (earlier := memory_plan.load(self.directory, self.config)) is not None:
+            return earlier
+        # AdamW's two moments come with the first step.
+        moments = sum(2 * weight.nbytes for weight in weights.trainable(self.accelerator.unwrap_model(unet)).values())
+        return memory_plan.settled(self.config, self.accelerator.device, moments)
 
     def train(self) -> dict[str, Any]:
         """Runs to `max_train_steps` and returns what results.json holds.
@@ -294,7 +296,8 @@ class Trainer:
     def _write_plan(self) -> None:
         plan = self.method.sampler.plan
         if plan is not None and self.accelerator.is_main_process:
-            self.directory.write(memory_plan.NAME, memory_plan.content(plan, self.config))
+            content = memory_plan.content(self.engine.memory, plan, self.config)
+            self.directory.write(memory_plan.NAME, content)
 
     def sample_again(self, epoch: int) -> None:
         """One of an epoch's samples, as training draws it."""
