@@ -1,14 +1,16 @@
 """The optimizer and its learning rate are torch's and diffusers' own; loss scaling is counted; all of it resumes."""
 
 import copy
+import json
 import sys
 import types
 
 import pytest
+import tiny
 import torch
 from diffusers.optimization import get_scheduler
 
-from rftcore.training import RunError, UsageError
+from rftcore.training import RunError, Trainer, UsageError
 from rftcore.training.config import TrainConfig
 from rftcore.training.optimization import LossScaling, make_lr_scheduler, make_optimizer
 
@@ -155,3 +157,13 @@ def test_gradients_that_never_fit_stop_the_run():
 def test_without_a_scaler_nothing_is_said():
     scaling = LossScaling(types.SimpleNamespace(step_was_skipped=False), None)
     assert scaling.stepped() and scaling.take() == {}
+
+
+def test_overflows_are_in_the_metrics_and_not_in_the_average(model, tmp_path):
+    trainer = Trainer(tiny.config(model, tmp_path / "run", train={"max_train_steps": 2, "ema_decay": 0.5}))
+    trainer.loss_scaling = LossScaling(types.SimpleNamespace(step_was_skipped=True), Scaler(512.0))
+    trainer.train()
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    told = [(line["train/loss_scale"], line["train/overflows"]) for line in lines if "train/loss" in line]
+    assert told == [(512.0, 1)] * 2
+    assert trainer._trained.ema.state_dict()["optimization_step"] == 0
