@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import os
+import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,12 +13,13 @@ from pathlib import Path
 
 import pytest
 import tiny
-import torch
 import yaml
-from safetensors.torch import load_file
+from same_run import assert_same_run, metrics
 
 from rftcore.rewards import declare
-from rftcore.training import Interrupted, Trainer, UsageError, checkpoint
+from rftcore.training import Interrupted, RunError, Trainer, UsageError, checkpoint, memory_plan
+from rftcore.training.algorithm_configs import AlignpropConfig
+from rftcore.training.parsing import build
 
 HERE = Path(__file__).parent
 
@@ -24,7 +27,8 @@ HERE = Path(__file__).parent
 def config(model, folder, **groups):
     """Prompts run out in mid-batch, noise is drawn in every step, evaluations and checkpoints fall in between."""
     train = {"max_train_steps": 5, "gradient_accumulation_steps": 2, "lr_scheduler": "linear", "lr_warmup_steps": 2}
-    fixed = {"train": train, "sampling": {"eta": 1.0}, "eval": {"validation_steps": 2}, "checkpointing_steps": 3}
+    fixed = {"train": train, "sampling": {"eta": 1.0}, "checkpointing_steps": 3}
+    fixed["eval"] = {"validation_steps": 2, "lora_scales": []}
     return tiny.config(model, folder, **(fixed | groups))
 
 
@@ -34,26 +38,6 @@ def whole(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "output"
     Trainer(config(model, folder)).train()
     return folder
-
-
-def metrics(folder):
-    """Every line of metrics.jsonl, without what the clock and the machine decide."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in line if not key.startswith(("time/", "mem/"))} for line in lines]
-
-
-def assert_same_run(folder, whole, step=5):
-    for name in ("trainable.safetensors", "pytorch_lora_weights.safetensors"):
-        ours, theirs = (load_file(path / f"checkpoint-{step}" / name) for path in (folder, whole))
-        assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    ours, theirs = (torch.load(path / f"checkpoint-{step}" / "state.pt", weights_only=True) for path in (folder, whole))
-    assert ours["lr_scheduler"] == theirs["lr_scheduler"]
-    for index, state in theirs["optimizer"]["state"].items():
-        assert all(torch.equal(ours["optimizer"]["state"][index][key], state[key]) for key in state)
-    assert metrics(folder) == metrics(whole)
-    results = [json.loads((path / "results.json").read_text()) for path in (folder, whole)]
-    for key in ("rewards", "samples", "reward_queries", "unet_evaluations"):
-        assert results[0][key] == results[1][key]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -74,7 +58,7 @@ def test_signal_in_mid_step(model, tmp_path, whole, number):
     assert stopped.value.signal_number == number
     assert (folder / "pytorch_lora_weights.safetensors").exists()
     Trainer(config(model, folder, resume_from_checkpoint="latest")).train()
-    assert_same_run(folder, whole)
+    assert_same_run(folder, whole, step=5)
 
 
 def test_crash_between_checkpoints(model, tmp_path, whole):
@@ -96,7 +80,7 @@ def test_crash_between_checkpoints(model, tmp_path, whole):
         file.write('{"step": 5, "reward/bri')
     (folder / ".checkpoint-4.partial").mkdir()
     Trainer(config(model, folder, resume_from_checkpoint=str(folder / "checkpoint-3"))).train()
-    assert_same_run(folder, whole)
+    assert_same_run(folder, whole, step=5)
 
 
 def test_ctrl_c_on_the_command_line(model, tmp_path):
@@ -184,3 +168,122 @@ def test_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(model, tmp_pa
         trainer.train()
     assert [path.name for path in checkpoint.folders(tmp_path / "run")] == ["checkpoint-2"]
     assert not list((tmp_path / "run").glob(".*"))
+
+
+def test_disk_full_in_mid_save_is_told_and_leaves_the_earlier_checkpoints(model, tmp_path, whole):
+    """No file may grow beyond a few KiB: real writers fail, those of safetensors and of torch among them."""
+    folder = tmp_path / "run"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    @declare(differentiable=True, unit="points")
+    def brightness(images, prompts, metadata):
+        # Between the checkpoint of step 3 and that of step 5.
+        if checkpoint.folders(folder):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+        return tiny.brightness(images, prompts)
+
+    try:
+        for limit, name in ((9000, "checkpoint-5 could not be written"), (1, "metrics.jsonl could not be written")):
+            shutil.rmtree(folder, ignore_errors=True)
+            with pytest.raises(RunError, match=f"{name} .*File too large.*resume_from_checkpoint latest"):
+                Trainer(config(model, folder), reward=brightness).train()
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+            assert [path.name for path in checkpoint.folders(folder)] == ["checkpoint-3"]
+            assert not list(folder.glob(".*"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    Trainer(config(model, folder, resume_from_checkpoint="latest")).train()
+    assert_same_run(folder, whole, step=5)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("trainable.safetensors", b"\0" * 100, r"trainable.safetensors is damaged \(its SHA-256.*checkpoint-3"),
+        ("state.pt", b"", r"state.pt is damaged \(its SHA-256.*resume from another checkpoint: .*checkpoint-3"),
+        ("state.pt", None, "state.pt is damaged .*No such file"),
+        ("progress.json", b'{"form', "progress.json is damaged"),
+        ("progress.json", b"[]", "no checkpoint of this rftcore: progress.json has other contents"),
+        ("progress.json", None, "no checkpoint of rftcore: progress.json is missing"),
+        ("COMPLETE", b"yes", "COMPLETE is damaged"),
+    ],
+)
+def test_damaged_and_foreign_checkpoints_are_named(model, tmp_path, whole, name, content, message):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    file = folder / "checkpoint-5" / name
+    file.unlink() if content is None else file.write_bytes(content)
+    with pytest.raises(UsageError, match=message):
+        Trainer(config(model, folder, resume_from_checkpoint="latest"))
+
+
+def test_checkpoint_of_a_later_format_is_refused(model, tmp_path, whole):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    file = folder / "checkpoint-5" / "progress.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"format": 99}))
+    with pytest.raises(UsageError, match="has format 99, and this rftcore reads format 1; resume with the version"):
+        Trainer(config(model, folder, resume_from_checkpoint="latest"))
+
+
+def test_going_back_to_an_earlier_checkpoint_makes_the_later_ones_anew(model, tmp_path, whole):
+    """Until its own checkpoint is complete the later one can still be resumed, with all of its metrics."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+
+    @declare(differentiable=True, unit="points")
+    def brightness(images, prompts, metadata):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        earlier = str(folder / "checkpoint-3")
+        Trainer(config(model, folder, resume_from_checkpoint=earlier), reward=brightness).train()
+    Trainer(config(model, folder, resume_from_checkpoint="latest")).train()
+    assert_same_run(folder, whole, step=5)
+    Trainer(config(model, folder, resume_from_checkpoint=earlier, checkpointing_steps=1)).train()
+    assert [path.name for path in checkpoint.folders(folder)] == ["checkpoint-3", "checkpoint-4", "checkpoint-5"]
+    assert_same_run(folder, whole, step=5)
+
+
+def test_rotation_removes_the_oldest_and_those_of_a_future_that_is_made_again(tmp_path):
+    for step in (2, 4, 6, 8):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / checkpoint.MARK).touch()
+    (tmp_path / "checkpoint-best").mkdir()
+    checkpoint.rotate(tmp_path, step=6, limit=2)
+    assert [path.name for path in checkpoint.folders(tmp_path)] == ["checkpoint-4", "checkpoint-6"]
+    assert (tmp_path / "checkpoint-best").exists()
+
+
+def test_run_that_was_only_begun_goes_on_from_its_first_step(model, tmp_path, whole):
+    folder = tmp_path / "run"
+
+    @declare(differentiable=True, unit="points")
+    def brightness(images, prompts, metadata):
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        Trainer(config(model, folder), reward=brightness).train()
+    with pytest.raises(UsageError, match="config.yaml belongs to a run with another config .seed: 0 there, 3 here"):
+        Trainer(config(model, folder, resume_from_checkpoint="latest", seed=3))
+    Trainer(config(model, folder, resume_from_checkpoint="latest")).train()
+    assert_same_run(folder, whole, step=5)
+
+
+def test_plans_of_random_paths_are_made_with_the_memory_of_the_first_run(model, tmp_path, monkeypatch):
+    """Each step has a plan of its own; what was free at the first start decides all of them."""
+    folder = tmp_path / "run"
+    train = {"train": {"max_train_steps": 2, "reward_target": None, "backprop_steps": None}}
+    values = tiny.values(model, folder, checkpointing_steps=1, **train)
+    del values["train"]["backprop_steps"]
+    trainer = Trainer(build(AlignpropConfig, values))
+    trainer.train()
+    monkeypatch.setattr(memory_plan, "free_memory", lambda device: 12345)
+    values |= {"resume_from_checkpoint": "latest", "train": values["train"] | {"max_train_steps": 3}}
+    again = Trainer(build(AlignpropConfig, values))
+    assert again.engine.memory == trainer.engine.memory
+    values["memory"] = {"budget": "3GiB", "reserve": "1GiB"}
+    assert Trainer(build(AlignpropConfig, values)).engine.memory == memory_plan.Memory(3 * 2**30, 2**30)
+    (folder / "plan.json").write_text("{}")
+    with pytest.raises(UsageError, match="plan.json is damaged.*remove it"):
+        Trainer(build(AlignpropConfig, values))
