@@ -39,6 +39,12 @@ def likes_all_but_one(images, prompts, metadata=None):
 
 
 @declare(differentiable=True)
+def likes_only_one(images, prompts, metadata=None):
+    known = torch.tensor([prompt.endswith("two") for prompt in prompts])
+    return torch.where(known, likes(images, prompts), -0.5)
+
+
+@declare(differentiable=True)
 def is_indifferent_to_one(images, prompts, metadata=None):
     known = torch.tensor([not prompt.endswith("two") for prompt in prompts])
     return torch.where(known, likes(images, prompts), -0.5)
@@ -378,6 +384,23 @@ def test_an_epoch_whose_every_sample_is_dropped(model, tmp_path, algorithm):
         assert len(updates) == pair.trainer.config.train.updates_per_epoch
         assert all(update.skipped for update in updates)
         assert updates[0].rewards.isnan().all()
+
+
+def test_ddpo_skips_batches_without_an_advantage(model, tmp_path):
+    """The first of them would otherwise look like a gradient that something has cut."""
+    train = {"samples_per_epoch": 6, "batch_size": 1, "inner_epochs": 2, "statistics_min_count": 2}
+    pair = Pair(model, tmp_path, "ddpo", train, function=likes_only_one)
+    skipped = []
+    for update, expected in zip(pair.epoch(), pair.hand.ddpo(1, {}), strict=True):
+        skipped.append(update.skipped is not None)
+        if skipped[-1]:
+            assert not any(gradient.any() for gradient in expected.values())
+            assert all(gradient is None for gradient in pair.gradient().values())
+        else:
+            pair.check(expected)
+            reported = "train/max_log_ratio_before_update" in update.largest
+            assert reported == (skipped.count(False) == 1)
+    assert skipped.count(True) == 8 and skipped[0]
 
 
 def test_sft_counts_samples_of_weight_zero(model, tmp_path):

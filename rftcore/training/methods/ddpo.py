@@ -45,25 +45,26 @@ class Ddpo:
         rollout = draw(
             self.engine, self.sampler, epoch, indices, self.at_once, tally, merged=self.train.merged_rollouts
         )
-        advantages, constant = self._advantages(rollout, epoch)
+        everyones, constant = self._advantages(rollout, epoch)
+        advantages = everyones[rollout.indices].to(rollout.trajectory.log_probs)
         old = rollout.trajectory.log_probs.clone()  # (n, T)
-        first_rows = torch.arange(len(indices)).reshape(self.batches, -1)  # (batches, places)
-        first_steps = self._timesteps(rollout, epoch, 0, fraction)
+        lanes = torch.arange(self.batches)[:, None].expand(-1, batch_size)
+        steps, updated = self._timesteps(rollout, epoch, 0, fraction), False
         if self._rescores() and not constant:
             # Later inner epochs draw other steps than the first one's.
-            rescored = first_steps if self.train.inner_epochs == 1 else self._timesteps(rollout, epoch, 0, 1.0)
-            self._rescore(rollout, first_rows, rescored, old, tally)
+            rescored = steps if self.train.inner_epochs == 1 else self._timesteps(rollout, epoch, 0, 1.0)
+            self._rescore(rollout, self._rows(lanes), rescored, old, tally)
         for inner in range(self.train.inner_epochs):
-            rows, steps = first_rows, first_steps
             if inner:
                 lanes = shuffled_in_lanes(self.batches, batch_size, self.engine.config.seed, "lanes", epoch, inner)
-                rows = lanes[:, self.share.places] * self.share.size + torch.arange(self.share.size)
                 steps = self._timesteps(rollout, epoch, inner, fraction)
+            rows, numbers = self._rows(lanes), lanes * batch_size + torch.arange(batch_size)
             for batch in range(self.batches):
-                if constant:
-                    tally.skipped = constant
+                if everyones[numbers[batch]].any():
+                    self._accumulate(rollout, rows[batch], steps, advantages, old, tally, not updated)
+                    updated = True
                 else:
-                    self._accumulate(rollout, rows[batch], steps, advantages, old, tally, inner == batch == 0)
+                    tally.skipped = constant or "all advantages of the batch are 0"
                 yield tally.update()
                 tally = Tally()
 
@@ -74,7 +75,7 @@ class Ddpo:
         self.statistics.load_state_dict(state["statistics"])
 
     def _advantages(self, rollout: Rollout, epoch: int) -> tuple[Tensor, str | None]:
-        """(n,) of this process's samples, by the statistics of all processes', and why all are 0, if they are.
+        """(N,) of all processes' samples, in their order, and why all are 0, if they are.
 
         A dropped sample's is 0.
         """
@@ -92,7 +93,11 @@ class Ddpo:
                 f"all advantages are 0: every reward is {float(r[kept[0]]):g}" if len(kept) else "no reward is finite"
             )
         clip = self.train.advantage_clip
-        return advantages.clamp(-clip, clip)[rollout.indices].to(rollout.trajectory.log_probs), constant
+        return advantages.clamp(-clip, clip), constant
+
+    def _rows(self, lanes: Tensor) -> Tensor:
+        """(batches, places) of this process's samples, those that each update takes of its lanes (batches, batch size)."""
+        return lanes[:, self.share.places] * self.share.size + torch.arange(self.share.size)
 
     def _timesteps(self, rollout: Rollout, epoch: int, inner: int, fraction: float) -> Tensor:
         """(n, S) this share of the steps of each sample, drawn and in an order of its own; a larger one begins alike."""
