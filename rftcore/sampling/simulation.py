@@ -287,7 +287,7 @@ def _is_accelerated(model: nn.Module) -> bool:
 
 def unpredictable_reasons(module: nn.Module) -> list[str]:
     """Why evaluations of a UNet, wrapped as it is, cannot be counted on tensors without data."""
-    if hasattr(module, "_orig_mod"):
+    if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
         return ["it is compiled, and the compiler decides what is kept"]
     reasons = []
     if any(getattr(globals_of_modules, f"_global{name}") for name in _HOOKS):

@@ -73,7 +73,12 @@ class EpochLog:
         rewards = scores[:, 0][scores[:, 0].isfinite()].tolist()
         dropped = len(scores) - len(rewards)
         skipped = sum(update.skipped is not None for update in self._updates)
-        steps = [norm for (norm, _), update in zip(self._norms, self._updates, strict=True) if update.skipped is None]
+        # Infinite where fp16 overflowed, and the scaler left the step out.
+        steps = [
+            norm
+            for (norm, _), update in zip(self._norms, self._updates, strict=True)
+            if update.skipped is None and math.isfinite(norm)
+        ]
         metrics |= {
             "train/grad_norm": statistics.fmean(steps) if steps else 0.0,
             "train/lr": self._norms[-1][1],
