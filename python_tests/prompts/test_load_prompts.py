@@ -34,7 +34,11 @@ def test_function_and_list(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("empty.txt", b"# only a comment\n", "empty"),
+        ("empty.txt", b"# only a comment\n", "empty.txt' are empty; at least one is needed"),
+        ("nothing.txt", b"", "nothing.txt' are empty"),
+        ("nothing.jsonl", b"", "nothing.jsonl' are empty"),
+        ("blank.jsonl", b"\n \n", "blank.jsonl' are empty"),
+        ("wide.txt", "a cat".encode("utf-16"), r"wide.txt, line 1: not UTF-8 \(byte 0xff at column 1\); save the file"),
         ("latin.txt", b"a cat\na d\xf6g\n", r"latin.txt, line 2: not UTF-8 \(byte 0xf6 at column 4\)"),
         ("broken.jsonl", b'{"prompt": "a cat"}\n{"prompt"\n', "broken.jsonl, line 2: not JSON"),
         ("other.jsonl", b'{"text": "a cat"}\n', 'other.jsonl, line 1: an object with a string under "prompt"'),
@@ -46,10 +50,19 @@ def test_files_that_cannot_be_used(tmp_path, name, content, message):
         prompts.load(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("name", ["folder.txt", "folder.jsonl"])
+def test_folder_is_no_file(tmp_path, name):
+    (tmp_path / name).mkdir()
+    with pytest.raises(PromptsError, match=f"{name} cannot be read: Is a directory"):
+        prompts.load(str(tmp_path / name))
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         ("missing.txt", "missing.txt cannot be read: No such file"),
+        ("missing.jsonl", "missing.jsonl cannot be read: No such file"),
+        ("/some/folder", "give a .txt or .jsonl file, module.function, or a list"),
         ("word", "give a .txt or .jsonl file, module.function, or a list"),
         ("no_such_module.prompts", "no module 'no_such_module'"),
         ([], "empty"),
