@@ -308,6 +308,7 @@ class Trainer:
         self.progress.step += 1
         step, learning_rate = self.progress.step, self.lr_scheduler.get_last_lr()[0]
         if update.skipped is not None:
+            self.optimizer.zero_grad()
             self.lr_scheduler.step()
             return 0.0, learning_rate
         with self.engine.clock.measure("train"):
@@ -323,8 +324,8 @@ class Trainer:
         # With fp16's loss scaling an overflow is expected now and then: the scaler skips the step and lowers the scale.
         if not math.isfinite(grad_norm) and self.accelerator.scaler is None:
             raise RunError(
-                f"step {step}: the gradient's norm is {grad_norm}; nothing was updated. Lower train.learning_rate, set "
-                "train.max_grad_norm, or resume from the last checkpoint with mixed_precision=no"
+                f"step {step}: the gradient's norm is {grad_norm}; nothing was updated, and the last checkpoint stands. "
+                "Begin anew with a lower train.learning_rate, a train.max_grad_norm, or mixed_precision=no"
             )
         self.optimizer.step()
         if self.loss_scaling.stepped() and self._trained.ema is not None:
