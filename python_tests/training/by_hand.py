@@ -8,7 +8,7 @@ import math
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 
 from rftcore.training.batches import endless, generator, shuffled_in_lanes
 
@@ -41,8 +41,6 @@ class ByHand:
         if self.latent:
             self.unet.add_adapter(lora)
         else:
-            from peft import inject_adapter_in_model
-
             inject_adapter_in_model(lora, self.unet)
         for name, parameter in self.unet.named_parameters():
             parameter.requires_grad_("lora_" in name)
