@@ -64,8 +64,6 @@ class ByHand:
         )
         return pipe.text_encoder(torch.tensor(tokens["input_ids"]))
 
-    # The model ----------------------------------------------------------------------------------------------------
-
     def follow(self):
         """Takes over the trained weights."""
         self.unet.load_state_dict(self.trainer.engine.model.state_dict())
@@ -86,8 +84,6 @@ class ByHand:
         if positive_only:
             return (negative + w * (positive - negative) - positive).detach() + positive
         return negative + w * (positive - negative)
-
-    # One step -----------------------------------------------------------------------------------------------------
 
     def a(self, i):
         """alpha_bar at step i and at the one after it."""
@@ -144,7 +140,7 @@ class ByHand:
         return [a * difference for a, difference in zip(scale, self.differences(rows), strict=True)]
 
     def kls(self, rows):
-        """Per element, at shared variance: c^2 / (2 sigma^2) d eps^2, where the model predicts eps and clips nothing."""
+        """Per element, at shared variance: c^2 / (2 sigma^2) d eps^2, of a model of eps without clipping."""
         assert self.kind == "epsilon" and self.clip == math.inf
         found = []
         for (i, *_), difference in zip(rows, self.eps_differences(rows), strict=True):
@@ -152,8 +148,6 @@ class ByHand:
             c = math.sqrt(1 - a_p - sigma**2) - math.sqrt(a_p) * math.sqrt(1 - a_t) / math.sqrt(a_t)
             found.append(c**2 / (2 * sigma**2) * difference)
         return found
-
-    # Whole chains -------------------------------------------------------------------------------------------------
 
     def prompt(self, epoch, index):
         return self.trainer.engine.plan.prompt(epoch, index)
@@ -191,8 +185,6 @@ class ByHand:
         """The rewards of images (B, C, h, w)."""
         images = self.vae.decode(latents / self.vae.config.scaling_factor).sample if self.latent else latents
         return self.reward((images / 2 + 0.5).clamp(0, 1), prompts)
-
-    # What the updates of an epoch leave in `grad` -------------------------------------------------------------------
 
     def take(self):
         """The gradient that was added up, by parameter; cleared."""

@@ -96,11 +96,11 @@ class Ddpo:
         return advantages.clamp(-clip, clip), constant
 
     def _rows(self, lanes: Tensor) -> Tensor:
-        """(batches, places) of this process's samples, those that each update takes of its lanes (batches, batch size)."""
+        """(batches, places) of this process's samples, those that each update takes of lanes (batches, batch size)."""
         return lanes[:, self.share.places] * self.share.size + torch.arange(self.share.size)
 
     def _timesteps(self, rollout: Rollout, epoch: int, inner: int, fraction: float) -> Tensor:
-        """(n, S) this share of the steps of each sample, drawn and in an order of its own; a larger one begins alike."""
+        """(n, S) this share of the steps of each sample, in an order of its own; a larger share begins alike."""
         noisy = rollout.trajectory.stochastic.nonzero().flatten().cpu()
         count = max(1, int(fraction * len(noisy)))
         seed = self.engine.config.seed
