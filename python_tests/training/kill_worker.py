@@ -29,12 +29,15 @@ def brightness(images, prompts, metadata=None):
 
 
 def train(algorithm, config, output_dir, *flags, kill_at=None, kill_after_s=None):
-    """Exit status, seconds and moments of a run: killed at that moment of it, or after so many seconds."""
+    """Exit status, seconds and moments of a run: killed at that moment of it, or so many seconds after its folder was made."""
     pid = os.fork()
     if pid == 0:
         os._exit(_child(algorithm, config, output_dir, flags, kill_at))
     started = time.monotonic()
     if kill_after_s is not None:
+        # Before its folder is there, there is nothing to resume.
+        while not output_dir.exists() and time.monotonic() - started < 120:
+            time.sleep(0.005)
         # Before the child is waited for, its number cannot be another's.
         threading.Event().wait(kill_after_s)
         os.kill(pid, signal.SIGKILL)
