@@ -83,10 +83,11 @@ def command(row: str, seed: int, folder: Path) -> list[str]:
 def curve(folder: Path) -> Curve:
     """A run's evaluations, from its metrics.jsonl. Seconds are those of its epochs, without loading and evaluations."""
     points: dict[str, list[float]] = {name: [] for name in Curve._fields}
-    used = {"queries": 0, "unet_evaluations": 0, "seconds": 0.0}
+    used = {"queries": 0, "samples": 0, "unet_evaluations": 0, "seconds": 0.0}
     for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
         if "count/reward_queries" in line:
             used["queries"] = line["count/reward_queries"]
+            used["samples"] = line["count/samples"]
             used["unet_evaluations"] = line["count/unet_evaluations"]
             used["seconds"] += line["time/epoch_s"]
         if "eval/reward/digits" in line:

@@ -8,12 +8,15 @@ from typing import Any, NamedTuple
 
 DIRECT = ("draft", "draft_k", "draft_lv", "draft_plus", "alignprop", "alignprop_released", "refl", "drtune")
 ONLINE = ("ddpo", "dpok")
+# DRaFT-LV asks for the reward of a sample several times.
+_COUNTED = {"queries": "reward queries", "samples": "samples"}
 
 
 class Curve(NamedTuple):
     """A run's evaluations in their order, the first before training."""
 
     queries: Sequence[float]
+    samples: Sequence[float]
     unet_evaluations: Sequence[float]
     seconds: Sequence[float]
     reward: Sequence[float]
@@ -62,9 +65,9 @@ def claims(curves: Mapping[str, Sequence[Curve]]) -> list[dict[str, Any]]:
     """A row for each claim whose algorithms are there: what was seen, and whether it is as claimed."""
     found = [_raises_reward(curves)] if curves else []
     if "ddpo" in curves:
-        found += [_fewer_queries(curves, name, "ddpo", 10) for name in DIRECT if name in curves]
+        found += [_fewer(curves, name, "ddpo", 10) for name in DIRECT if name in curves]
     if {"draft_lv", "refl"} <= curves.keys():
-        found.append(_fewer_queries(curves, "draft_lv", "refl", 1))
+        found += [_fewer(curves, "draft_lv", "refl", 1, of) for of in ("queries", "samples")]
     if {"dpok", "ddpo"} <= curves.keys():
         found.append(_less_drift(curves, "dpok", "ddpo"))
     found += [
@@ -82,13 +85,16 @@ def _raises_reward(curves: Mapping[str, Sequence[Curve]]) -> dict[str, Any]:
     return _row("every algorithm raises the trained reward beyond seed noise", seen, not not_so)
 
 
-def _fewer_queries(curves: Mapping[str, Sequence[Curve]], fast: str, slow: str, times: float) -> dict[str, Any]:
-    """At the highest reward that all runs of both reached, the ratio of the mean numbers of queries."""
-    title = f"{fast} needs {f'{times:g} times ' if times != 1 else ''}fewer reward queries than {slow} for one reward"
+def _fewer(
+    curves: Mapping[str, Sequence[Curve]], fast: str, slow: str, times: float, of: str = "queries"
+) -> dict[str, Any]:
+    """At the highest reward that all runs of both reached, the ratio of the mean numbers of queries, or samples."""
+    factor = f"{times:g} times " if times != 1 else ""
+    title = f"{fast} needs {factor}fewer {_COUNTED[of]} than {slow} for one reward"
     level = common_level(curves[fast], curves[slow])
     if level is None:
         return _row(title, "no reward above the first that all runs of both reach", False)
-    used = {name: [crossing(c, level, "queries") for c in curves[name]] for name in (fast, slow)}
+    used = {name: [crossing(c, level, of) for c in curves[name]] for name in (fast, slow)}
     ratio = statistics.fmean(used[slow]) / statistics.fmean(used[fast])
     seen = f"{ratio:.1f} times fewer at {level:.2f}: {_mean(used[fast], '.0f')} against {_mean(used[slow], '.0f')}"
     return _row(title, seen, ratio >= times if times != 1 else ratio > 1)

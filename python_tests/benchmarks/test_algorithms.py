@@ -13,7 +13,7 @@ from rftcore.training.algorithm_configs import ALGORITHMS
 
 def made(queries, reward, drift=None):
     zeros = [0.0] * len(queries)
-    return Curve(queries, zeros, zeros, reward, zeros, drift or zeros)
+    return Curve(queries, queries, zeros, zeros, reward, zeros, drift or zeros)
 
 
 def test_crossing_is_linear_between_evaluations_and_the_first():
@@ -68,7 +68,7 @@ def test_rows_are_all_recipes_for_digits_and_their_command_lines_parse(tmp_path)
 
 def test_curve_reads_metrics(tmp_path):
     evaluation = {"eval/reward/digits": -1.0, "eval/reward/digits_held_out": 0.5, "eval/drift/eps": 0.1}
-    epoch = {"count/reward_queries": 8, "count/unet_evaluations": 160, "time/epoch_s": 1.5}
+    epoch = {"count/reward_queries": 8, "count/samples": 4, "count/unet_evaluations": 160, "time/epoch_s": 1.5}
     lines = [{"step": 0, **evaluation}, {"step": 1, **epoch}, {"step": 2, **epoch, "count/reward_queries": 16}]
     lines.append({"step": 2, **evaluation, "eval/reward/digits": -0.5})
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
