@@ -66,7 +66,7 @@ def test_info():
             ["train", "draft", "--train.backprop_steps", "60"],
             "train.backprop_steps=60 must lie in [1, sampling.num_inference_steps=50]",
         ),
-        (["configs", "cp", "digits"], "did you mean 'digits_draft'"),
+        (["configs", "cp", "digit_draft"], "did you mean 'digits_draft'"),
     ],
 )
 def test_mistakes_get_one_clear_message(arguments, message):

@@ -11,14 +11,8 @@ DIGITS = [name for name in recipes.names() if name.startswith("digits_")]
 PUBLISHED = [name for name in recipes.names() if name not in DIGITS]
 
 
-def algorithm_of(name):
-    """digits_draft_lv is draft_lv's, draft_k_sd15 and draft_sd15 are draft's."""
-    stem = name.removeprefix("digits_") + "_"
-    return max((algorithm for algorithm in ALGORITHMS if stem.startswith(algorithm + "_")), key=len)
-
-
 def load(name, **overrides):
-    return load_config(algorithm_of(name), name, *(f"--{key}={value}" for key, value in overrides.items()))
+    return load_config(recipes.algorithm(name), name, *(f"--{key}={value}" for key, value in overrides.items()))
 
 
 @pytest.mark.parametrize("name", recipes.names())
@@ -32,9 +26,9 @@ def test_loads_and_says_what_it_is(name):
 
 
 def test_every_algorithm_has_both_kinds():
-    assert {algorithm_of(name) for name in DIGITS} == set(ALGORITHMS)
-    assert {algorithm_of(name) for name in PUBLISHED} == set(ALGORITHMS)
-    assert {algorithm_of(name) for name in PUBLISHED if name.endswith("_sdxl")} == {"draft", "ddpo"}
+    assert {recipes.algorithm(name) for name in DIGITS} == set(ALGORITHMS)
+    assert {recipes.algorithm(name) for name in PUBLISHED} == set(ALGORITHMS)
+    assert {recipes.algorithm(name) for name in PUBLISHED if name.endswith("_sdxl")} == {"draft", "ddpo"}
 
 
 # What each of them is known by; "model" ends the model's name.
@@ -161,7 +155,7 @@ def test_digits_recipe_trains(name, tmp_path, capsys):
     if getattr(train, "weighting", None) == "sparse":
         small |= {"train.top": 1.0}
     results = Trainer(load(name, output_dir=tmp_path / "run", **SMALL, **small, **{"train.max_train_steps": 1})).train()
-    assert results["steps"] == 1 and results["algorithm"] == algorithm_of(name)
+    assert results["steps"] == 1 and results["algorithm"] == recipes.algorithm(name)
     trained, held_out = results["rewards"].items()
     assert trained[0] == "digits" and held_out[0] == "digits_held_out"
     # Something was learnt: the images of the same noise are judged otherwise.

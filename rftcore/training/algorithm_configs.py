@@ -57,6 +57,9 @@ class DraftPlusTrainConfig(DraftTrainConfig):
     backprop_steps: int | None = option(1, "K: the gradient flows through the last K sampling steps; null: all")
     kl_coeff: float = option(1.0, "weight of the divergence from the model without its adapter", at_least=0)
 
+    def problems(self, sampling: SamplingConfig) -> list[str]:
+        return super().problems(sampling) + _needs_adapter(self, "train.kl_coeff")
+
 
 @dataclass
 class AlignpropTrainConfig(RewardGradientTrainConfig):
@@ -77,11 +80,26 @@ class AlignpropTrainConfig(RewardGradientTrainConfig):
     loss_scale: float = option(0.01, "what the loss is multiplied by", above=0)
 
     def problems(self, sampling: SamplingConfig) -> list[str]:
-        if self.truncation_low < self.truncation_high:
-            return []
-        return [
-            f"train.truncation_low={self.truncation_low} must be less than train.truncation_high={self.truncation_high}"
-        ]
+        found, steps = [], sampling.num_inference_steps
+        if not self.truncation_low < self.truncation_high:
+            found.append(
+                f"train.truncation_low={self.truncation_low} must be less than "
+                f"train.truncation_high={self.truncation_high}"
+            )
+        if self.truncation == "released" and self.truncation_low >= steps:
+            found.append(
+                f"train.truncation_low={self.truncation_low} must be less than sampling.num_inference_steps={steps}: no "
+                "step would keep a gradient"
+            )
+        if self.truncation == "gaussian" and not 1 <= self.truncation_mean < steps:
+            found.append(
+                f"train.truncation_mean={self.truncation_mean} must lie in [1, sampling.num_inference_steps={steps})"
+            )
+        if self.truncation == "gaussian" and self.truncation_std > steps:
+            found.append(
+                f"train.truncation_std={self.truncation_std} must be at most sampling.num_inference_steps={steps}"
+            )
+        return found
 
 
 @dataclass
@@ -229,7 +247,7 @@ class DpokTrainConfig(RolloutTrainConfig):
         return self.policy_steps
 
     def problems(self, sampling: SamplingConfig) -> list[str]:
-        return _needs_noise(sampling)
+        return _needs_noise(sampling) + _needs_adapter(self, "DPOK's KL")
 
 
 @dataclass
@@ -283,6 +301,9 @@ class SftTrainConfig(RegressionTrainConfig):
     )
     gamma: float = option(2.0, "what is added to the reward to make a sample's weight")
     beta: float = option(0.01, "kl_d: weight of the divergence", at_least=0)
+
+    def problems(self, sampling: SamplingConfig) -> list[str]:
+        return super().problems(sampling) + _needs_adapter(self, "sampling with it")
 
 
 @dataclass
@@ -402,6 +423,13 @@ def _check_divides(key: str, value: int, parts: int, processes: int, accumulatio
         into += f" x train.gradient_accumulation_steps={accumulation}" if key == "train.batch_size" else ""
         nearest = max(1, round(value / parts)) * parts
         raise UsageError(f"{key}={value} does not divide into {into}; the nearest that does is {nearest}")
+
+
+def _needs_adapter(train: TrainConfig, what: str) -> list[str]:
+    """The pretrained model is the one whose adapter is off."""
+    if train.weights == "lora":
+        return []
+    return [f"train.weights={train.weights} leaves no pretrained model to compare with, which {what} needs; set lora"]
 
 
 def _needs_plain_states(sampling: SamplingConfig) -> list[str]:

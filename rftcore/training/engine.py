@@ -154,6 +154,10 @@ class Engine:
         with self.clock.measure("train"):
             self.accelerator.backward(loss)
 
+    def any(self, flag: bool) -> bool:
+        """Whether it is so on any process."""
+        return bool(self.accelerator.gather(torch.tensor([flag], device=self.device)).any())
+
     def gathered(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         """Every process's rows (n, ...) on the CPU, process by process; each must hold as many."""
         return {name: self.accelerator.gather(column.to(self.device)).cpu() for name, column in rows.items()}

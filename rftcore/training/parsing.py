@@ -103,6 +103,8 @@ def _recipe_action(kind: type[RunConfig]) -> type[ActionConfigFile]:
     class Recipe(ActionConfigFile):
         def __call__(self, parser, cfg, values, option_string=None):
             path = recipes.find(values)
+            if values in recipes.names() and (owner := recipes.algorithm(values)) != kind.algorithm:
+                raise UsageError(f"{values} is a recipe of {owner}; rftcore train {owner} --config {values}")
             try:
                 content = yaml.safe_load(path.read_text(encoding="utf-8"))
             except (yaml.YAMLError, UnicodeDecodeError) as error:

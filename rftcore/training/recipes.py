@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from rftcore.training.algorithm_configs import ALGORITHMS
 from rftcore.training.errors import UsageError, nearest
 
 RECIPES = Path(__file__).parent.parent / "configs"
@@ -13,6 +14,12 @@ RECIPES = Path(__file__).parent.parent / "configs"
 def names() -> list[str]:
     """Names of the recipes in the package."""
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def algorithm(name: str) -> str:
+    """Whose recipe it is, by its name: digits_draft_lv is draft_lv's, draft_k_sd15 and draft_sd15 are draft's."""
+    stem = f"{name.removeprefix('digits_')}_"
+    return max((known for known in ALGORITHMS if stem.startswith(f"{known}_")), key=len)
 
 
 def description(name: str) -> str:

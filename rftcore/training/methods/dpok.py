@@ -12,6 +12,7 @@ from rftcore.algorithms import dpok
 from rftcore.algorithms.value_function import ValueFunction
 from rftcore.rewards import Reward
 from rftcore.sampling.conditioning import Conditioning
+from rftcore.sampling.trajectory import Trajectory
 from rftcore.sampling.transitions import Transitions
 from rftcore.training.batches import derived_seed, endless, generator
 from rftcore.training.engine import Engine
@@ -94,20 +95,21 @@ class Dpok:
         A dropped sample's are left out.
         """
         trajectory = rollout.trajectory
-        steps = trajectory.stochastic.nonzero().flatten().cpu()
-        transitions = trajectory.transitions(steps)
-        self.settings = dict(transitions.settings)
+        taken = trajectory.stochastic.nonzero().flatten().cpu()
+        rows = torch.arange(len(trajectory)).repeat_interleave(len(taken))
+        steps = taken.repeat(len(trajectory))
+        self.settings = dict(trajectory.settings)
         rewards = rollout.scores.rewards
         if self.train.reward_filter:
             rewards = rewards.clamp(min=0)
         numbers = torch.tensor([self.number_of[prompt] for prompt in rollout.prompts])
         columns = {
-            "x": transitions.x,
-            "next_x": transitions.next_x,
-            "steps": transitions.steps,
-            "log_probs": self._old_log_probs(transitions, tally),
-            "rewards": rewards.to(transitions.log_probs).repeat_interleave(len(steps)),
-            "prompts": numbers.repeat_interleave(len(steps)),
+            "x": trajectory.states[steps, rows],
+            "next_x": trajectory.states[steps + 1, rows],
+            "steps": steps,
+            "log_probs": self._old_log_probs(trajectory, rows, steps, tally),
+            "rewards": rewards.to(trajectory.log_probs)[rows],
+            "prompts": numbers[rows],
         }
         gathered = self.engine.gathered(columns)
         kept = gathered["rewards"].isfinite()
@@ -116,16 +118,18 @@ class Dpok:
         return min(int(kept.sum()), len(self.buffer))
 
     @torch.no_grad()
-    def _old_log_probs(self, transitions: Transitions, tally: Tally) -> Tensor:
+    def _old_log_probs(self, trajectory: Trajectory, rows: Tensor, steps: Tensor, tally: Tally) -> Tensor:
         """(N,) as they were sampled or, in low precision, as training would find them before its first update."""
+        found = trajectory.log_probs[rows, steps]
         if self.engine.config.mixed_precision == "no":
-            return transitions.log_probs
-        found, at_once = torch.empty_like(transitions.log_probs), len(self.share.parts()[0])
+            return found
         # The last batch is filled up: one of another size would be another path.
+        at_once = len(self.share.parts()[0])
         places = torch.arange(-(-len(found) // at_once) * at_once) % len(found)
         with self.engine.clock.measure("train"):
-            for rows in places.split(at_once):
-                found[rows] = self.sampler.transition_log_prob(transitions[rows])[0]
+            for part in places.split(at_once):
+                transitions = trajectory.transitions(steps[part, None], rows=rows[part])
+                found[part] = self.sampler.transition_log_prob(transitions)[0]
                 tally.unet_evaluations += at_once * self.engine.branches
         return found
 

@@ -28,7 +28,7 @@ class DraftPlus(Draft):
     def terms(self, epoch: int, samples: Samples, path: GradientPath, tally: Tally) -> Iterator[Tensor]:
         engine = self.engine
         trajectory = engine.sample(self.sampler, samples, path)
-        tally.unet_evaluations += self._evaluations(len(samples.prompts), path)
+        tally.unet_evaluations += len(samples.prompts) * self.sampler.evaluations
         scores = engine.score(trajectory.latents, samples.prompts)
         tally.drew(scores)
         yield self.loss_of_kept(scores, tally)

@@ -61,6 +61,11 @@ class Tally:
         self._scores.append(scores)
         self.reward_queries += len(scores.rewards)
 
+    @property
+    def any_kept(self) -> bool:
+        """Whether any of the new samples counts."""
+        return any(bool(scores.kept.any()) for scores in self._scores)
+
     def update(self) -> Update:
         return Update(
             means={name: float(torch.cat(values).double().mean()) for name, values in self._values.items()},

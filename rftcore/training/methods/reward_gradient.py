@@ -61,12 +61,14 @@ class RewardGradient:
                 # DDP notes in the forward whether its gradients will be averaged.
                 with self.engine.synchronised(number == len(parts) - 1 and term == self.terms_per_part):
                     self.engine.backward(next(terms) / len(parts))
+        if self.engine.config.reward.on_nan == "drop" and not self.engine.any(tally.any_kept):
+            tally.skipped = "every sample was dropped"
         yield tally.update()
 
     def terms(self, epoch: int, samples: Samples, path: GradientPath, tally: Tally) -> Iterator[Tensor]:
         """The losses of one accumulation part; each is backpropagated before the next is asked for."""
         trajectory = self.engine.sample(self.sampler, samples, path)
-        tally.unet_evaluations += self._evaluations(len(samples.prompts), path)
+        tally.unet_evaluations += len(samples.prompts) * self.sampler.evaluations
         scores = self.engine.score(trajectory.latents, samples.prompts)
         tally.drew(scores)
         yield self.loss_of_kept(scores, tally)
@@ -91,9 +93,6 @@ class RewardGradient:
         while not path.reaches_model:
             path = self.path(source)
         return dataclasses.replace(path, guidance=self.train.guidance_gradient)
-
-    def _evaluations(self, samples: int, path: GradientPath) -> int:
-        return samples * self.engine.branches * (len(path.modes) + self.sampler.plan.replays)
 
 
 class Draft(RewardGradient):
