@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks import algorithms_plot, best_of_n
 from benchmarks.algorithms_claims import Curve, claims, raises_reward
 from benchmarks.harness import RESULTS, environment, report, table
-from rftcore.training.algorithm_configs import ALGORITHMS
+from rftcore.training import recipes
 from rftcore.training.parsing import load_config
 
 NAME = "algorithms"
@@ -39,6 +39,7 @@ ROWS = (
     "refl",
     "drtune",
     "ddpo",
+    "ddpo_all_steps",
     "ddpo_sf",
     "dpok",
     "rwr",
@@ -60,16 +61,10 @@ COMMON = {
 }
 
 
-def algorithm_of(recipe: str) -> str:
-    """The algorithm that a recipe is for: digits_draft_lv is draft_lv's, digits_draft_k draft's."""
-    stem = recipe.removeprefix(PREFIX) + "_"
-    return max((name for name in ALGORITHMS if stem.startswith(name + "_")), key=len)
-
-
 def command(row: str, seed: int, folder: Path) -> list[str]:
     """The command line of one run, or of what is left of it."""
     recipe = PREFIX + row
-    algorithm = algorithm_of(recipe)
+    algorithm = recipes.algorithm(recipe)
     train = load_config(algorithm, recipe).train
     # Rounded up to whole epochs, which evaluations lie between.
     every = -(-train.max_train_steps // (EVALUATIONS * train.updates_per_epoch)) * train.updates_per_epoch

@@ -58,7 +58,7 @@ def test_rows_are_all_recipes_for_digits_and_their_command_lines_parse(tmp_path)
     assert {algorithms.PREFIX + row for row in algorithms.ROWS} == {
         name for name in recipes.names() if name.startswith(algorithms.PREFIX)
     }
-    assert {algorithms.algorithm_of(algorithms.PREFIX + row) for row in algorithms.ROWS} == set(ALGORITHMS)
+    assert {recipes.algorithm(algorithms.PREFIX + row) for row in algorithms.ROWS} == set(ALGORITHMS)
     for row in algorithms.ROWS:
         algorithm, _, recipe, *flags = algorithms.command(row, 3, tmp_path / row)[4:]
         values = load_config(algorithm, recipe, *flags)
