@@ -137,7 +137,7 @@ def test_resumed_run_is_the_uninterrupted_one(model, averaged, tmp_path):
 def test_nothing_of_a_chain_outlives_the_swap(model, tmp_path, weights):
     """With rftcore's blocks: casts and text values made of the weights are those of the weights in place."""
     trainer = Trainer(config(model, tmp_path / "run", train={"weights": weights, "ema_decay": 0.5}))
-    ema, unet = trainer._trained.ema, trainer.engine.model
+    ema, unet = trainer.trained.ema, trainer.engine.model
     images = {}
 
     def draw():

@@ -77,7 +77,7 @@ def test_dropped_samples_are_counted_and_the_others_train(model, tmp_path, algor
     assert all(bool(p.isfinite().all()) for p in weights) and any(bool(p.any()) for p in weights)
 
 
-@pytest.mark.parametrize("algorithm", ["ddpo", "dpok", "rwr"])
+@pytest.mark.parametrize("algorithm", TRAIN)
 def test_all_samples_dropped_is_an_epoch_without_learning(model, tmp_path, algorithm):
     """Three of them in a row end the run; nothing was updated, and no NaN was written."""
     trainer = Trainer(config(model, tmp_path / "run", algorithm, "drop"), reward=broken_reward(lambda *_: True))

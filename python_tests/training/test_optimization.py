@@ -166,4 +166,4 @@ def test_overflows_are_in_the_metrics_and_not_in_the_average(model, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     told = [(line["train/loss_scale"], line["train/overflows"]) for line in lines if "train/loss" in line]
     assert told == [(512.0, 1)] * 2
-    assert trainer._trained.ema.state_dict()["optimization_step"] == 0
+    assert trainer.trained.ema.state_dict()["optimization_step"] == 0

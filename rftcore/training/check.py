@@ -196,11 +196,8 @@ class _Measurement:
         trainer = self.trainer
         if not trainer.accelerator.is_main_process:
             return self._most(0.0)
-        trained = checkpoint.Trained(
-            self.engine.model, trainer.optimizer, trainer.lr_scheduler, trainer.method, trainer.accelerator.scaler
-        )
         started = time.perf_counter()
-        checkpoint.save(self.folder, trained, trainer.progress, self.engine.config)
+        checkpoint.save(self.folder, trainer.trained, trainer.progress, self.engine.config)
         return self._most(time.perf_counter() - started)
 
     def _optimizer_gib(self) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -64,6 +65,13 @@ def first_columns(grids: Mapping[str, Image.Image], shown: int) -> Image.Image:
         draw.text((left + 6, 6), title, fill="black")
         joined.paste(grid.crop((_CAPTION_WIDTH, 0, _CAPTION_WIDTH + width, grid.height)), (left, _TITLE))
     return joined
+
+
+def png(image: Image.Image) -> bytes:
+    """An image as a file's content."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return buffer.getvalue()
 
 
 def _cell(size: tuple[int, int]) -> tuple[int, int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -11,54 +10,44 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
-from PIL import Image
 
-from rftcore import blocks, rewards
 from rftcore import prompts as prompt_sources
 from rftcore.sampling import RewardError
 from rftcore.training import (
     alarm,
+    assembly,
     checkpoint,
     early_stop,
     environment,
     grids,
     hub,
     memory_plan,
+    outcome,
     parsing,
-    pipeline,
     reference,
     report,
-    scale_sweep,
     trackers,
     validation,
     weights,
 )
-from rftcore.training.accounting import Stopwatch, peak_gib
+from rftcore.training.accounting import peak_gib
 from rftcore.training.algorithm_configs import batch_shares
-from rftcore.training.batches import SamplePlan, derived_seed
+from rftcore.training.batches import derived_seed
 from rftcore.training.callbacks import Callback
-from rftcore.training.checkpoint import Progress, Trained
-from rftcore.training.compilation import compile_unet
+from rftcore.training.checkpoint import Progress
 from rftcore.training.config import RunConfig
-from rftcore.training.ema import Ema
-from rftcore.training.engine import Engine
 from rftcore.training.epoch_log import EpochLog
 from rftcore.training.errors import Interrupted, RunError, UsageError
 from rftcore.training.guards import check_everything_learns
 from rftcore.training.interruption import StopRequest
 from rftcore.training.methods import METHODS, Update
-from rftcore.training.optimization import LossScaling, make_lr_scheduler, make_optimizer
+from rftcore.training.optimization import LossScaling
 from rftcore.training.progress_bar import ProgressBar
-from rftcore.training.prompt_inputs import encode_prompts
 from rftcore.training.ranks import check_joined, failing_together
 from rftcore.training.run_directory import CONFIG, RunDirectory
 from rftcore.training.scale_sweep import Sweep, sweep
-from rftcore.training.validation import Validation
-
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def of_averaged_weights(method: Callable) -> Callable:
@@ -66,7 +55,7 @@ def of_averaged_weights(method: Callable) -> Callable:
 
     @functools.wraps(method)
     def run(trainer: Trainer, *given: Any) -> Any:
-        with trainer._trained.averaged():
+        with trainer.trained.averaged():
             return method(trainer, *given)
 
     return run
@@ -100,24 +89,36 @@ class Trainer:
         self._started = time.perf_counter()
         config.validate()
         self.config, self.callbacks = config, list(callbacks)
-        self._stop_reason: str | None = None
+        self.stop_reason: str | None = None
         if config.cpu_threads is not None:
             torch.set_num_threads(config.cpu_threads)
-        self.judges = _judges(config, reward, held_out_reward)
+        self.judges = assembly.load_judges(config, reward, held_out_reward)
         METHODS[config.algorithm].check_reward(self.judges[0])
-        self.train_prompts = prompt_sources.load(config.prompts)
-        self.validation_prompts = prompt_sources.load(config.eval.validation_prompts)
+        prompts = prompt_sources.load(config.prompts)
+        validation_prompts = prompt_sources.load(config.eval.validation_prompts)
         self.directory = RunDirectory(config.output_dir)
         self._resume_from = self._find_start()
-        self.accelerator = _accelerator(config)
+        self.accelerator = assembly.start_accelerator(config)
         check_joined(self.accelerator)
         batch_shares(config, self.accelerator.num_processes)
         if self.accelerator.is_main_process:
             hub.check(config)
-        self._build(pipeline)
+        self.assembly = assembly.assemble(
+            config,
+            self.accelerator,
+            self.judges,
+            train_prompts=prompts,
+            validation_prompts=validation_prompts,
+            given=pipeline,
+            memory=None if self._resume_from is None else memory_plan.load(self.directory, config),
+        )
+        self.engine, self.method = self.assembly.engine, self.assembly.method
+        self.validation, self.trained = self.assembly.validation, self.assembly.trained
+        self.optimizer, self.lr_scheduler = self.trained.optimizer, self.trained.lr_scheduler
+        self.loss_scaling = LossScaling(self.optimizer, self.accelerator.scaler)
         self.progress = Progress()
         if self._resume_from is not None:
-            self.progress = checkpoint.load(self._resume_from, self._trained, config)
+            self.progress = checkpoint.load(self._resume_from, self.trained, config)
         if self.progress.step > config.train.max_train_steps:
             raise UsageError(
                 f"train.max_train_steps={config.train.max_train_steps} lies before {self._resume_from}; "
@@ -136,71 +137,6 @@ class Trainer:
         if self.config.resume_from_checkpoint == "latest" and checkpoint.only_begun(self.directory.path, self.config):
             return None
         return checkpoint.find(self.config.resume_from_checkpoint, self.directory.path)
-
-    def _build(self, given: DiffusionPipeline | None) -> None:
-        config, device = self.config, self.accelerator.device
-        if given is None:
-            pipe = pipeline.load(config.model, DTYPES[config.mixed_precision], weights.master_dtype(config))
-        else:
-            pipe = given
-            pipeline.check(pipe)
-        pipeline.check_sampling(pipe, config.sampling)
-        if pipeline.unconditional(pipe):
-            # Rewards are still given a text for each image.
-            self.train_prompts = self.validation_prompts = [""]
-        self._base_model = str(pipe.name_or_path if given is not None else config.model.pretrained_model_name_or_path)
-        self._pipeline_class, vae = type(pipe), pipeline.vae(pipe)
-        sample_size = pipeline.sample_size(pipe, config.sampling)
-        inputs = encode_prompts(
-            pipe,
-            [*self.train_prompts, *self.validation_prompts],
-            config.sampling.negative_prompt,
-            device,
-            sample_size,
-        )
-        weights.attach(pipe, config, config.seed)
-        if config.memory.accelerate:
-            for model in (pipe.unet, vae):
-                if model is not None:
-                    blocks.accelerate(model)
-        optimizer = make_optimizer(config.train, weights.trainable(pipe.unet).values(), device)
-        self.lr_scheduler = make_lr_scheduler(config.train, optimizer)
-        unet, self.optimizer = self.accelerator.prepare(pipe.unet, optimizer)
-        self.loss_scaling = LossScaling(self.optimizer, self.accelerator.scaler)
-        self.engine = Engine(
-            accelerator=self.accelerator,
-            unet=unet,
-            vae=None if vae is None else vae.to(device).requires_grad_(False).eval(),
-            scheduler=pipeline.scheduler(pipe, config.sampling),
-            inputs=inputs,
-            plan=SamplePlan(self.train_prompts, config.train.samples_drawn, config.seed),
-            sample_size=sample_size,
-            reward=self.judges[0],
-            config=config,
-            clock=Stopwatch(device),
-            memory=self._memory(unet),
-        )
-        if config.memory.compile:
-            compile_unet(self.engine)
-        self.method = METHODS[config.algorithm](self.engine)
-        self.validation = Validation(self.engine, self.method.sampler, self.validation_prompts, self.judges)
-        decay, parameters = config.train.ema_decay, weights.trainable(self.engine.model).values()
-        self._trained = Trained(
-            self.engine.model,
-            self.optimizer,
-            self.lr_scheduler,
-            self.method,
-            self.accelerator.scaler,
-            None if decay is None else Ema(parameters, decay),
-        )
-
-    def _memory(self, unet: Any) -> memory_plan.Memory:
-        """What the chains are planned with; that of the run that is resumed, unless its settings were others."""
-        if self._resume_from is not None and (earlier := memory_plan.load(self.directory, self.config)) is not None:
-            return earlier
-        # AdamW's two moments come with the first step.
-        moments = sum(2 * weight.nbytes for weight in weights.trainable(self.accelerator.unwrap_model(unet)).values())
-        return memory_plan.settled(self.config, self.accelerator.device, moments)
 
     def train(self) -> dict[str, Any]:
         """Runs to `max_train_steps` and returns what results.json holds.
@@ -224,14 +160,14 @@ class Trainer:
                 self._stop_if_asked(stop)
                 self._stop_early()
                 for epoch in range(self.progress.step // updates + 1, last // updates + 1):
-                    if self._stop_reason:
-                        self.bar.note(f"stopped after step {self.progress.step}: {self._stop_reason}")
+                    if self.stop_reason:
+                        self.bar.note(f"stopped after step {self.progress.step}: {self.stop_reason}")
                         break
                     before = self.progress.step
                     self._epoch(epoch)
-                    if self._stop_reason or self._due(before, self.config.eval.validation_steps):
+                    if self.stop_reason or self._due(before, self.config.eval.validation_steps):
                         self._evaluate()
-                    if self._stop_reason or self._due(before, self.config.checkpointing_steps):
+                    if self.stop_reason or self._due(before, self.config.checkpointing_steps):
                         self._save_checkpoint()
                     self._stop_if_asked(stop)
                 # A run resumed at its last step takes no step that would have evaluated.
@@ -249,7 +185,7 @@ class Trainer:
 
     def stop(self, reason: str) -> None:
         """Ends the run after this epoch, as if it had reached its last step. To be called on every process alike."""
-        self._stop_reason = reason
+        self.stop_reason = reason
 
     def _tell(self, event: str, *given: Any) -> None:
         for callback in self.callbacks:
@@ -318,7 +254,7 @@ class Trainer:
         limit = self.config.train.max_grad_norm
         grad_norm = float(
             self.accelerator.clip_grad_norm_(
-                list(weights.trainable(self._trained.unet).values()), math.inf if limit is None else limit
+                list(weights.trainable(self.trained.unet).values()), math.inf if limit is None else limit
             )
         )
         # With fp16's loss scaling an overflow is expected now and then: the scaler skips the step and lowers the scale.
@@ -328,8 +264,8 @@ class Trainer:
                 "Begin anew with a lower train.learning_rate, a train.max_grad_norm, or mixed_precision=no"
             )
         self.optimizer.step()
-        if self.loss_scaling.stepped() and self._trained.ema is not None:
-            self._trained.ema.step()
+        if self.loss_scaling.stepped() and self.trained.ema is not None:
+            self.trained.ema.step()
         self.lr_scheduler.step()
         self.optimizer.zero_grad()
         return grad_norm
@@ -382,7 +318,7 @@ class Trainer:
         now = self.progress.evaluations[step] = self._measures(evaluation)
         first = self.progress.evaluations.get(0, now)
         if main:
-            self.directory.write(self.directory.sample_grid(step), _png(evaluation.grid))
+            self.directory.write(self.directory.sample_grid(step), grids.png(evaluation.grid))
         trackers.log_image(self.accelerator, "eval/samples", evaluation.grid, step)
         wrong = alarm.alarms(self.judges[0].name, [judge.name for judge in self.judges[1:]], now, first)
         figures = validation.metrics(now, first)
@@ -416,7 +352,7 @@ class Trainer:
             weights.save(self.engine.model, self.directory.path / "best")
 
     def _stop_early(self) -> None:
-        if len(self.judges) > 1 and self.progress.evaluations and not self._stop_reason:
+        if len(self.judges) > 1 and self.progress.evaluations and not self.stop_reason:
             reason = early_stop.reason_to_stop(
                 self.progress.evaluations, self.judges[1].name, self.config.eval.early_stop_patience
             )
@@ -437,7 +373,7 @@ class Trainer:
         self.progress.counters.wall_clock_s = self._wall_clock()
         path = self.directory.path / f"checkpoint-{self.progress.step}"
         if self.accelerator.is_main_process:
-            checkpoint.save(self.directory.path, self._trained, self.progress, self.config)
+            checkpoint.save(self.directory.path, self.trained, self.progress, self.config)
             checkpoint.rotate(self.directory.path, self.progress.step, self.config.checkpoints_total_limit)
         self.accelerator.wait_for_everyone()
         self._tell("on_save", path)
@@ -450,7 +386,7 @@ class Trainer:
         if number:
             path = self._save_checkpoint()
             if self.accelerator.is_main_process:
-                with self._trained.averaged():
+                with self.trained.averaged():
                     weights.save(self.engine.model, self.directory.path)
             self.accelerator.end_training()
             raise Interrupted(number, str(path))
@@ -458,27 +394,10 @@ class Trainer:
     @of_averaged_weights
     def _finish(self) -> dict[str, Any]:
         self.progress.counters.wall_clock_s = self._wall_clock()
-        peak, step = self._peak_gib(), self.progress.step
-        figures: dict[str, Any] = {}
+        peak, figures = self._peak_gib(), {}
         scales = self._sweep()
         if self.accelerator.is_main_process:
-            weights.save(self.engine.model, self.directory.path)
-            reload_error = weights.verify_reload(self.engine.model, self.directory.path)
-            figures = report.results(
-                self.config,
-                self.progress,
-                self.judges,
-                validation_prompts=self.validation_prompts,
-                train_prompts=self.train_prompts,
-                peak_gib=peak,
-                reload_error=reload_error,
-                sweep=scales,
-                stopped=self._stop_reason,
-            )
-            self._write_before_after(step)
-            self._write_scales(scales)
-            self.directory.write("results.json", figures)
-            self.directory.write("README.md", self._model_card(figures))
+            figures = outcome.write(self, scales, peak_gib=peak)
             self.bar.close()
             print(f"\n{report.table(figures)}\n\nwritten to {self.directory.path}", flush=True)
             if self.config.push_to_hub:
@@ -486,14 +405,6 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.accelerator.end_training()
         return figures
-
-    def _model_card(self, figures: dict[str, Any]) -> str:
-        embedded = self._base_model == "rftcore.digits"
-        base = "rftcore.digits.path()" if embedded else repr(self._base_model)
-        usage = weights.usage(self.engine.model, self._pipeline_class, base, '"path/to/this/folder"')
-        return report.model_card(
-            self.config, self._base_model, figures, f"import rftcore\n{usage}" if embedded else usage
-        )
 
     def _sweep(self) -> Sweep | None:
         """The adapter at each of `eval.lora_scales`; all of it was just evaluated, and none of it at step 0."""
@@ -503,32 +414,6 @@ class Trainer:
         known = {1.0: evaluations[self.progress.step]} | ({0.0: evaluations[0]} if 0 in evaluations else {})
         return sweep(self.engine.model, self.config.eval.lora_scales, known, self.validation, self._measures)
 
-    def _write_scales(self, scales: Sweep | None) -> None:
-        if scales is None:
-            return
-        shown = {0.0: 0, 1.0: self.progress.step}
-        found = {}
-        for scale in scales.measures:
-            grid = scales.grids.get(scale) or self._grid(shown[scale])
-            if grid is not None:
-                found[f"LoRA x {scale:g}"] = grid
-        columns = grids.columns(self.config.eval.num_validation_images)
-        self.directory.write("lora_scales.png", _png(grids.first_columns(found, columns)))
-
-    def _write_before_after(self, step: int) -> None:
-        before, after = self._grid(0), self._grid(step)
-        if before is not None and after is not None:
-            self.directory.write("before_after.png", _png(grids.before_after(before, after)))
-
-    def _grid(self, step: int) -> Image.Image | None:
-        """The grid of an earlier evaluation."""
-        path = self.directory.path / self.directory.sample_grid(step)
-        if path.exists():
-            with Image.open(path) as grid:
-                return grid.convert("RGB")
-        self.bar.note(f"{path} is gone, so the pictures at the end lack it")
-        return None
-
     def _peak_gib(self) -> float:
         """Of the process that held the most."""
         own = torch.tensor([peak_gib(self.accelerator.device)], device=self.accelerator.device)
@@ -536,49 +421,3 @@ class Trainer:
 
     def _wall_clock(self) -> float:
         return self._seconds_before + time.perf_counter() - self._started
-
-
-def _judges(
-    config: RunConfig, reward: Callable | None, held_out_reward: Callable | Sequence[Callable] | None
-) -> list[rewards.Reward]:
-    """The trained reward and the held-out judges, all of other names.
-
-    Raises: UsageError where two have the same name, or the evaluation is asked what it cannot do with them.
-    """
-    held_out = held_out_reward or config.eval.held_out_reward or []
-    specs = list(held_out) if isinstance(held_out, Sequence) and not isinstance(held_out, str) else [held_out]
-    judges = [rewards.load(reward or config.reward.function, differentiable=config.reward.differentiable)]
-    # A judge is only measured: whether it has a gradient does not matter.
-    judges += [rewards.load_judge(spec) for spec in specs]
-    seen = set()
-    for judge in judges:
-        if judge.name in seen:
-            kinds = "the trained and a held-out reward" if judge.name == judges[0].name else "two held-out rewards"
-            raise UsageError(
-                f"{kinds} are both named {judge.name!r}; a held-out judge must be another function, with a name of its "
-                "own"
-            )
-        seen.add(judge.name)
-    early_stop.check(config.eval, judges[1:])
-    scale_sweep.check(config.eval)
-    return judges
-
-
-def _accelerator(config: RunConfig) -> Accelerator:
-    log_with = trackers.names(config.report_to)
-    try:
-        return Accelerator(
-            mixed_precision=config.mixed_precision,
-            log_with=log_with or None,
-            project_config=ProjectConfiguration(
-                project_dir=config.output_dir, logging_dir=str(RunDirectory(config.output_dir).path / "logs")
-            ),
-        )
-    except (ImportError, ValueError) as error:
-        raise UsageError(f"accelerate cannot start with mixed_precision={config.mixed_precision}: {error}") from error
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()

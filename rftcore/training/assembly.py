@@ -1,0 +1,157 @@
+"""A run's parts, put together from its config: the model and what is trained of it, the algorithm, the evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from rftcore import blocks, rewards
+from rftcore.training import early_stop, memory_plan, pipeline, scale_sweep, trackers, weights
+from rftcore.training.accounting import Stopwatch
+from rftcore.training.batches import SamplePlan
+from rftcore.training.checkpoint import Trained
+from rftcore.training.compilation import compile_unet
+from rftcore.training.config import RunConfig
+from rftcore.training.ema import Ema
+from rftcore.training.engine import Engine
+from rftcore.training.errors import UsageError
+from rftcore.training.methods import METHODS, Method
+from rftcore.training.optimization import make_lr_scheduler, make_optimizer
+from rftcore.training.prompt_inputs import encode_prompts
+from rftcore.training.run_directory import RunDirectory
+from rftcore.training.validation import Validation
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What `assemble` made. The model that was fine-tuned is named by `base_model`, its class is `pipeline_class`."""
+
+    engine: Engine
+    method: Method
+    validation: Validation
+    trained: Trained
+    base_model: str
+    pipeline_class: type[DiffusionPipeline]
+
+
+def load_judges(
+    config: RunConfig, reward: Callable | None, held_out_reward: Callable | Sequence[Callable] | None
+) -> list[rewards.Reward]:
+    """The trained reward and the held-out judges, all of other names.
+
+    Raises: UsageError where two have the same name, or the evaluation is asked what it cannot do with them.
+    """
+    held_out = held_out_reward or config.eval.held_out_reward or []
+    specs = list(held_out) if isinstance(held_out, Sequence) and not isinstance(held_out, str) else [held_out]
+    judges = [rewards.load(reward or config.reward.function, differentiable=config.reward.differentiable)]
+    # A judge is only measured: whether it has a gradient does not matter.
+    judges += [rewards.load_judge(spec) for spec in specs]
+    seen = set()
+    for judge in judges:
+        if judge.name in seen:
+            kinds = "the trained and a held-out reward" if judge.name == judges[0].name else "two held-out rewards"
+            raise UsageError(
+                f"{kinds} are both named {judge.name!r}; a held-out judge must be another function, with a name of its "
+                "own"
+            )
+        seen.add(judge.name)
+    early_stop.check(config.eval, judges[1:])
+    scale_sweep.check(config.eval)
+    return judges
+
+
+def start_accelerator(config: RunConfig) -> Accelerator:
+    log_with = trackers.names(config.report_to)
+    try:
+        return Accelerator(
+            mixed_precision=config.mixed_precision,
+            log_with=log_with or None,
+            project_config=ProjectConfiguration(
+                project_dir=config.output_dir, logging_dir=str(RunDirectory(config.output_dir).path / "logs")
+            ),
+        )
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"accelerate cannot start with mixed_precision={config.mixed_precision}: {error}") from error
+
+
+def assemble(
+    config: RunConfig,
+    accelerator: Accelerator,
+    judges: Sequence[rewards.Reward],
+    *,
+    train_prompts: Sequence[str],
+    validation_prompts: Sequence[str],
+    given: DiffusionPipeline | None = None,
+    memory: memory_plan.Memory | None = None,
+) -> Assembly:
+    """Loads the model, attaches what is trained, and builds the rest round it.
+
+    Args:
+        judges: the trained reward first.
+        given: a pipeline instead of `config.model`.
+        memory: what the chains are planned with, where an earlier part of the run has settled it.
+
+    Raises:
+        UsageError: for a model, or settings of it, that cannot be served.
+    """
+    device = accelerator.device
+    if given is None:
+        pipe = pipeline.load(config.model, DTYPES[config.mixed_precision], weights.master_dtype(config))
+    else:
+        pipe = given
+        pipeline.check(pipe)
+    pipeline.check_sampling(pipe, config.sampling)
+    if pipeline.unconditional(pipe):
+        # Rewards are still given a text for each image.
+        train_prompts = validation_prompts = [""]
+    pipeline_class, vae, sample_size = type(pipe), pipeline.vae(pipe), pipeline.sample_size(pipe, config.sampling)
+    prompts = [*train_prompts, *validation_prompts]
+    inputs = encode_prompts(pipe, prompts, config.sampling.negative_prompt, device, sample_size)
+    weights.attach(pipe, config, config.seed)
+    if config.memory.accelerate:
+        for model in (pipe.unet, vae):
+            if model is not None:
+                blocks.accelerate(model)
+    optimizer = make_optimizer(config.train, weights.trainable(pipe.unet).values(), device)
+    # Not prepared: accelerate would step it once for every process.
+    lr_scheduler = make_lr_scheduler(config.train, optimizer)
+    unet, optimizer = accelerator.prepare(pipe.unet, optimizer)
+    engine = Engine(
+        accelerator=accelerator,
+        unet=unet,
+        vae=None if vae is None else vae.to(device).requires_grad_(False).eval(),
+        scheduler=pipeline.scheduler(pipe, config.sampling),
+        inputs=inputs,
+        plan=SamplePlan(train_prompts, config.train.samples_drawn, config.seed),
+        sample_size=sample_size,
+        reward=judges[0],
+        config=config,
+        clock=Stopwatch(device),
+        memory=memory or _settled_memory(config, accelerator, unet),
+    )
+    if config.memory.compile:
+        compile_unet(engine)
+    method, decay = METHODS[config.algorithm](engine), config.train.ema_decay
+    ema = None if decay is None else Ema(weights.trainable(engine.model).values(), decay)
+    return Assembly(
+        engine=engine,
+        method=method,
+        validation=Validation(engine, method.sampler, validation_prompts, judges),
+        trained=Trained(engine.model, optimizer, lr_scheduler, method, accelerator.scaler, ema),
+        base_model=config.model.pretrained_model_name_or_path if given is None else str(pipe.name_or_path),
+        pipeline_class=pipeline_class,
+    )
+
+
+def _settled_memory(config: RunConfig, accelerator: Accelerator, unet: nn.Module) -> memory_plan.Memory:
+    # AdamW's two moments come with the first step.
+    moments = sum(2 * weight.nbytes for weight in weights.trainable(accelerator.unwrap_model(unet)).values())
+    return memory_plan.settled(config, accelerator.device, moments)
