@@ -8,18 +8,19 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import StableDiffusionPipeline
 
+from rftcore import CheckpointedSampler, decode, digits
 from rftcore.algorithms.best_of_n import expected_at_best, expected_best
-from rftcore.training import Trainer, load_config
+from rftcore.training import load_config
 from rftcore.training.batches import generator
-from rftcore.training.engine import Samples
+from rftcore.training.config import SamplingConfig
 from rftcore.training.run_directory import replace_file, to_json
 
 ROW = "best_of_n"
@@ -52,21 +53,28 @@ def figures(r: torch.Tensor, held_out: torch.Tensor) -> list[dict[str, float]]:
 
 
 @torch.no_grad()
-def scores(trainer: Trainer, seed: int, drawn: int = DRAWN) -> tuple[torch.Tensor, torch.Tensor]:
+def scores(sampling: SamplingConfig, seed: int, drawn: int = DRAWN) -> tuple[torch.Tensor, torch.Tensor]:
     """The reward's and the held-out judge's scores (P, drawn) of the pretrained model's images of the held-out prompts."""
-    engine, prompts = trainer.engine, trainer.validation_prompts
-    judged: list[list[torch.Tensor]] = [[], []]
+    pipe = StableDiffusionPipeline.from_pretrained(digits.path(), safety_checker=None)
+    sampler = CheckpointedSampler(
+        pipe.unet,
+        pipe.scheduler,
+        num_inference_steps=sampling.num_inference_steps,
+        guidance_scale=sampling.guidance_scale,
+        eta=sampling.eta,
+        backprop_steps=0,
+    )
+    prompts = digits.held_out_prompts()
     wanted = [(prompt, number) for prompt in prompts for number in range(drawn)]
+    r, held_out = [], []
     for start in range(0, len(wanted), _AT_ONCE):
-        part = wanted[start : start + _AT_ONCE]
-        noise = [generator(seed, "best of n", prompt, number) for prompt, number in part]
-        names = [prompt for prompt, _ in part]
-        latents = engine.sample(trainer.method.sampler, Samples(range(len(part)), names, noise)).latents
-        images = (engine.vae.decode(latents / engine.vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
-        for seen, judge in zip(judged, trainer.judges, strict=True):
-            seen.append(judge(images, names).double())
-    r, held_out = (torch.cat(seen).reshape(len(prompts), drawn) for seen in judged)
-    return r, held_out
+        names = [prompt for prompt, _ in wanted[start : start + _AT_ONCE]]
+        noise = [generator(seed, "best of n", *key) for key in wanted[start : start + _AT_ONCE]]
+        embeds = pipe.encode_prompt(names, "cpu", 1, True, negative_prompt=[sampling.negative_prompt] * len(names))
+        images = decode(pipe.vae, sampler(*embeds, generator=noise).latents)  # (b, 3, H, W)
+        r.append(digits.reward(images, names).double())
+        held_out.append(digits.held_out(images, names).double())
+    return torch.cat(r).reshape(len(prompts), drawn), torch.cat(held_out).reshape(len(prompts), drawn)
 
 
 def main() -> None:
@@ -75,10 +83,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     options, overrides = parser.parse_known_args()
     started = time.perf_counter()
-    # An adapter that was not trained changes nothing: the model is the pretrained one.
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(load_config("draft", "digits_draft", f"--output_dir={folder}", *overrides))
-    r, held_out = scores(trainer, options.seed)
+    config = load_config("draft", "digits_draft", *overrides)
+    torch.set_num_threads(config.cpu_threads)
+    r, held_out = scores(config.sampling, options.seed)
     content = {"points": figures(r, held_out), "drawn": r.numel(), "seconds": time.perf_counter() - started}
     replace_file(options.output / "results.json", to_json(content))
 
