@@ -200,6 +200,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/algorithms"), help="where the runs are kept")
     options = parser.parse_args()
     rows, seeds = options.only or [*ROWS, best_of_n.ROW], options.seeds
+    # As Ctrl-C does: the runs are told, and save where they are.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     runs = Runs(options.output, options.jobs)
     runs.carry_out([(row, seed) for seed in seeds for row in rows])
 
