@@ -140,7 +140,7 @@ def _run(namespace) -> int:
         print(format_info())
     elif namespace.command == "configs" and namespace.configs.action == "ls":
         for name in recipes.names():
-            print(f"{name:<16} {recipes.description(name)}")
+            print(f"{name:<26} {recipes.description(name)}")
     elif namespace.command == "configs":
         print(f"wrote {recipes.copy(namespace.configs.cp.name, namespace.configs.cp.target)}")
     elif namespace.command == "plan":

@@ -161,7 +161,21 @@ class RolloutTrainConfig(TrainConfig):
 
 
 @dataclass
-class DdpoTrainConfig(RolloutTrainConfig):
+class PolicyTrainConfig(RolloutTrainConfig):
+    """the optimisation"""
+
+    noisiest_fraction: float = option(
+        1.0,
+        "share of the sampling steps that is trained on, from the noisiest on; 1.0 is the papers'. The last steps draw "
+        "little noise, so that a small change of the model changes their probability much: most of the gradient's "
+        "variance is theirs, the more the fewer steps there are",
+        above=0,
+        at_most=1,
+    )
+
+
+@dataclass
+class DdpoTrainConfig(PolicyTrainConfig):
     """the optimisation"""
 
     batch_size: int = option(
@@ -214,7 +228,7 @@ class DdpoTrainConfig(RolloutTrainConfig):
 
 
 @dataclass
-class DpokTrainConfig(RolloutTrainConfig):
+class DpokTrainConfig(PolicyTrainConfig):
     """the optimisation"""
 
     samples_per_epoch: int = option(10, "samples between two samplings, over all processes", at_least=1)

@@ -14,7 +14,7 @@ from rftcore.rewards import Reward
 from rftcore.training.batches import generator, shuffled_in_lanes
 from rftcore.training.engine import Engine
 from rftcore.training.methods.method import Tally, Update
-from rftcore.training.methods.rollouts import Rollout, check_same_model, draw, everyones_rewards
+from rftcore.training.methods.rollouts import Rollout, check_same_model, draw, everyones_rewards, trained_steps
 
 _REMEDY = (
     "Set train.rescore=true (old log-probabilities are made again by the training's own path), or mixed_precision=no"
@@ -101,7 +101,7 @@ class Ddpo:
 
     def _timesteps(self, rollout: Rollout, epoch: int, inner: int, fraction: float) -> Tensor:
         """(n, S) this share of the steps of each sample, in an order of its own; a larger share begins alike."""
-        noisy = rollout.trajectory.stochastic.nonzero().flatten().cpu()
+        noisy = trained_steps(rollout.trajectory, self.train.noisiest_fraction)
         count = max(1, int(fraction * len(noisy)))
         seed = self.engine.config.seed
         orders = [

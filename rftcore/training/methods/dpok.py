@@ -17,7 +17,7 @@ from rftcore.sampling.transitions import Transitions
 from rftcore.training.batches import derived_seed, endless, generator
 from rftcore.training.engine import Engine
 from rftcore.training.methods.method import Tally, Update
-from rftcore.training.methods.rollouts import Rollout, check_same_model, draw
+from rftcore.training.methods.rollouts import Rollout, check_same_model, draw, trained_steps
 from rftcore.training.transition_buffer import TransitionBuffer
 
 # Columns of the buffer that are looked at, not computed with.
@@ -95,7 +95,7 @@ class Dpok:
         A dropped sample's are left out.
         """
         trajectory = rollout.trajectory
-        taken = trajectory.stochastic.nonzero().flatten().cpu()
+        taken = trained_steps(trajectory, self.train.noisiest_fraction)
         rows = torch.arange(len(trajectory)).repeat_interleave(len(taken))
         steps = taken.repeat(len(trajectory))
         self.settings = dict(trajectory.settings)

@@ -76,6 +76,12 @@ def everyones_rewards(engine: Engine, rollout: Rollout, epoch: int) -> tuple[lis
     return [engine.plan.prompt(epoch, index) for index in range(len(rewards))], rewards
 
 
+def trained_steps(trajectory: Trajectory, noisiest_fraction: float) -> Tensor:
+    """(S,) the steps with a probability among this share of the chain's, from the noisiest on."""
+    count = max(1, round(noisiest_fraction * len(trajectory.timesteps)))
+    return trajectory.stochastic[:count].nonzero().flatten().cpu()
+
+
 def check_same_model(log_ratio: float, clip_range: float, remedy: str) -> None:
     """Raises RunError where old and new log-probabilities differ by too much for one and the same model."""
     if not log_ratio <= clip_range / 10:
