@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rftcore.algorithms.checks import check_rewards
+from rftcore.algorithms.arguments import check_rewards
 
 
 def alignprop(r: Tensor, target: float | None = 10.0, scale: float = 0.01) -> Tensor:

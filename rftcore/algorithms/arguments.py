@@ -8,6 +8,18 @@ import torch
 from torch import Tensor
 
 
+def check_rewards(r: Tensor) -> None:
+    """Raises ValueError unless r is (B,) with B >= 1 and carries a gradient."""
+    check_per_image(r)
+    if not r.requires_grad:
+        raise ValueError(
+            "rewards carry no gradient, so there is nothing to follow: the trajectory was sampled under no_grad or "
+            "inference_mode or with backprop_steps=0, or the reward is not differentiable (it rounds, thresholds, "
+            "detaches, or leaves torch); sample with grad mode on and backprop_steps >= 1 or None, or along a "
+            "gradient_path that reaches the model, and give a differentiable reward"
+        )
+
+
 def check_shapes(**tensors: Tensor) -> None:
     """Raises ValueError unless all have one shape, (N,) or (B, S), with at least one entry."""
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
