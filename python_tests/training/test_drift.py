@@ -7,9 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from rftcore.training import grids, validation
-from rftcore.training.drift import distance, diversity, thumbnails
-from rftcore.training.validation import Evaluation, metrics
+from rftcore.training.evaluation import grids, validation
+from rftcore.training.evaluation.drift import distance, diversity, thumbnails
+from rftcore.training.evaluation.validation import Evaluation, metrics
 
 
 def rms(a, b):

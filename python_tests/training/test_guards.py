@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from rftcore.rewards import declare
-from rftcore.training import RunError, Trainer, UsageError, alarm, early_stop, reference, report, scale_sweep, weights
+from rftcore.training import RunError, Trainer, UsageError, report, weights
 from rftcore.training.config import EvalConfig
+from rftcore.training.evaluation import alarm, early_stop, reference, scale_sweep
 
 FAST = {"learning_rate": 0.1, "backprop_steps": 3}
 

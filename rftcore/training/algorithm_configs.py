@@ -172,6 +172,11 @@ class PolicyTrainConfig(RolloutTrainConfig):
         above=0,
         at_most=1,
     )
+    rescore: bool | None = option(
+        None,
+        "old log-probabilities are made again by the training's own path before the first update; null: where precision "
+        "is low, or sampling took another path or batch",
+    )
 
 
 @dataclass
@@ -194,11 +199,6 @@ class DdpoTrainConfig(PolicyTrainConfig):
     statistics_buffer_size: int = option(32, "rewards that are kept of each prompt", at_least=1)
     statistics_min_count: int = option(16, "fewer rewards of a prompt: the epoch's statistics are used", at_least=1)
     merged_rollouts: bool = option(False, "the adapter is merged into copies of the weights while sampling")
-    rescore: bool | None = option(
-        None,
-        "old log-probabilities are made again by the training's own path before the first update; null: where precision "
-        "is low, or sampling took another path or batch",
-    )
 
     @property
     def updates_per_epoch(self) -> int:

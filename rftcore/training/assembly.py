@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from rftcore import blocks, rewards
-from rftcore.training import early_stop, memory_plan, pipeline, scale_sweep, trackers, weights
+from rftcore.training import memory_plan, pipeline, trackers, weights
 from rftcore.training.accounting import Stopwatch
 from rftcore.training.batches import SamplePlan
 from rftcore.training.checkpoint import Trained
@@ -21,11 +21,12 @@ from rftcore.training.config import RunConfig
 from rftcore.training.ema import Ema
 from rftcore.training.engine import Engine
 from rftcore.training.errors import UsageError
+from rftcore.training.evaluation import early_stop, scale_sweep
+from rftcore.training.evaluation.validation import Validation
 from rftcore.training.methods import METHODS, Method
 from rftcore.training.optimization import make_lr_scheduler, make_optimizer
 from rftcore.training.prompt_inputs import encode_prompts
 from rftcore.training.run_directory import RunDirectory
-from rftcore.training.validation import Validation
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -18,9 +18,9 @@ from rftcore.training.accounting import GIB, peak_gib
 from rftcore.training.config import RunConfig
 from rftcore.training.epoch_log import EpochLog
 from rftcore.training.errors import RunError
+from rftcore.training.evaluation.validation import Mean
 from rftcore.training.guards import check_everything_learns
 from rftcore.training.trainer import Trainer
-from rftcore.training.validation import Mean
 
 
 @dataclass(frozen=True)

@@ -41,8 +41,6 @@ FREE_KEYS = {
     "report_to",
     "push_to_hub",
     "hub_model_id",
-    "push_to_hub",
-    "hub_model_id",
     "checkpointing_steps",
     "checkpoints_total_limit",
     "resume_from_checkpoint",

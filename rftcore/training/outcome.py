@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from rftcore.training import grids, report, weights
-from rftcore.training.scale_sweep import Sweep
+from rftcore.training import report, weights
+from rftcore.training.evaluation import grids
+from rftcore.training.evaluation.scale_sweep import Sweep
 
 if TYPE_CHECKING:
     from rftcore.training.trainer import Trainer

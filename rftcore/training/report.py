@@ -9,11 +9,12 @@ from dataclasses import asdict
 from typing import Any
 
 from rftcore.rewards import Reward
-from rftcore.training import alarm, early_stop, parsing
+from rftcore.training import parsing
 from rftcore.training.checkpoint import Progress
 from rftcore.training.config import RunConfig
-from rftcore.training.scale_sweep import Sweep
-from rftcore.training.validation import DIVERSITY, DRIFT, Mean, diversity_left
+from rftcore.training.evaluation import alarm, early_stop
+from rftcore.training.evaluation.scale_sweep import Sweep
+from rftcore.training.evaluation.validation import DIVERSITY, DRIFT, Mean, diversity_left
 
 
 def results(

@@ -16,20 +16,15 @@ from diffusers import DiffusionPipeline
 from rftcore import prompts as prompt_sources
 from rftcore.sampling import RewardError
 from rftcore.training import (
-    alarm,
     assembly,
     checkpoint,
-    early_stop,
     environment,
-    grids,
     hub,
     memory_plan,
     outcome,
     parsing,
-    reference,
     report,
     trackers,
-    validation,
     weights,
 )
 from rftcore.training.accounting import peak_gib
@@ -40,6 +35,8 @@ from rftcore.training.checkpoint import Progress
 from rftcore.training.config import RunConfig
 from rftcore.training.epoch_log import EpochLog
 from rftcore.training.errors import Interrupted, RunError, UsageError
+from rftcore.training.evaluation import alarm, early_stop, grids, reference, validation
+from rftcore.training.evaluation.scale_sweep import Sweep, sweep
 from rftcore.training.guards import check_everything_learns
 from rftcore.training.interruption import StopRequest
 from rftcore.training.methods import METHODS, Update
@@ -47,7 +44,6 @@ from rftcore.training.optimization import LossScaling
 from rftcore.training.progress_bar import ProgressBar
 from rftcore.training.ranks import check_joined, failing_together
 from rftcore.training.run_directory import CONFIG, RunDirectory
-from rftcore.training.scale_sweep import Sweep, sweep
 
 
 def of_averaged_weights(method: Callable) -> Callable:
@@ -153,6 +149,7 @@ class Trainer:
         last, updates = self.config.train.max_train_steps, self.config.train.updates_per_epoch
         self.bar = ProgressBar(last, self.progress.step, enabled=self.accelerator.is_main_process)
         try:
+            self.bar.note(self._sizes())
             self._tell("on_train_begin")
             with StopRequest() as stop:
                 if self.progress.step == 0 and 0 not in self.progress.evaluations:
@@ -186,6 +183,18 @@ class Trainer:
     def stop(self, reason: str) -> None:
         """Ends the run after this epoch, as if it had reached its last step. To be called on every process alike."""
         self.stop_reason = reason
+
+    def _sizes(self) -> str:
+        """What an epoch and an optimizer step are made of, here and on all processes."""
+        train, processes = self.config.train, self.accelerator.num_processes
+        rows, part = batch_shares(self.config, processes)
+        step = f"an optimizer step trains on {train.batch_size}: {rows} on each of {processes} process(es), {part} at a time"
+        if train.updates_per_epoch == 1 and train.samples_drawn == train.batch_size:
+            return step
+        return (
+            f"an epoch draws {train.samples_drawn} samples, {train.samples_drawn // processes} on each process, and takes "
+            f"{train.updates_per_epoch} optimizer step(s); {step}"
+        )
 
     def _tell(self, event: str, *given: Any) -> None:
         for callback in self.callbacks:

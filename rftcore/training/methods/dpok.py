@@ -119,9 +119,10 @@ class Dpok:
 
     @torch.no_grad()
     def _old_log_probs(self, trajectory: Trajectory, rows: Tensor, steps: Tensor, tally: Tally) -> Tensor:
-        """(N,) as they were sampled or, in low precision, as training would find them before its first update."""
+        """(N,) as they were sampled or, in low precision or where it is asked for, as training would find them now."""
         found = trajectory.log_probs[rows, steps]
-        if self.engine.config.mixed_precision == "no":
+        low_precision = self.engine.config.mixed_precision != "no"
+        if not (low_precision if self.train.rescore is None else self.train.rescore):
             return found
         # The last batch is filled up: one of another size would be another path.
         at_once = len(self.share.parts()[0])
@@ -179,17 +180,11 @@ class Dpok:
                 fresh = taken[list(places)] >= len(self.buffer) - added
                 apart = log_ratio.abs().where(fresh.to(log_ratio.device), 0)
                 tally.note_largest("train/max_log_ratio_before_update", apart)
-                check_same_model(float(apart.max()), train.clip_range, self._remedy())
+                check_same_model(float(apart.max()), train.clip_range)
             tally.note("train/loss", loss)
             tally.note("train/divergence", divergence)
             tally.note("train/advantage", advantages)
             tally.note("train/clip_frac", ((log_ratio.exp() - 1).abs() > train.clip_range).double())
-
-    def _remedy(self) -> str:
-        rows = len(self.share.parts()[0])
-        return (
-            f"Set train.rollout_batch_size={rows}, the transitions that are trained on at once, or mixed_precision=no"
-        )
 
     def _rows(self, taken: Tensor) -> dict[str, Tensor]:
         rows = self.buffer.take(taken)

@@ -82,10 +82,11 @@ def trained_steps(trajectory: Trajectory, noisiest_fraction: float) -> Tensor:
     return trajectory.stochastic[:count].nonzero().flatten().cpu()
 
 
-def check_same_model(log_ratio: float, clip_range: float, remedy: str) -> None:
+def check_same_model(log_ratio: float, clip_range: float) -> None:
     """Raises RunError where old and new log-probabilities differ by too much for one and the same model."""
     if not log_ratio <= clip_range / 10:
         raise RunError(
             f"before the first update of an epoch log-probabilities differ from those of sampling by {log_ratio:.2g}, "
-            f"more than a tenth of train.clip_range={clip_range}: ratios would measure rounding. {remedy}"
+            f"more than a tenth of train.clip_range={clip_range}: ratios would measure rounding. Set train.rescore=true "
+            "(old log-probabilities are made again by the training's own path), or mixed_precision=no"
         )

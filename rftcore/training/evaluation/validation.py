@@ -14,10 +14,11 @@ from torch import Tensor
 
 from rftcore.rewards import Reward
 from rftcore.sampling import CheckpointedSampler, Trajectory, decode, score
-from rftcore.training import grids, weights
+from rftcore.training import weights
 from rftcore.training.batches import generator
-from rftcore.training.drift import Features, distance, diversity, thumbnails
 from rftcore.training.engine import Engine, Samples
+from rftcore.training.evaluation import grids
+from rftcore.training.evaluation.drift import Features, distance, diversity, thumbnails
 
 DRIFT, DIVERSITY = "drift/", "diversity/"
 # Of a chain's steps, the share at which the model is compared with the one without its adapter, but at least so many.

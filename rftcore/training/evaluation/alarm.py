@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from rftcore.training.validation import DIVERSITY, Mean, diversity_left
+from rftcore.training.evaluation.validation import DIVERSITY, Mean, diversity_left
 
 # A change counts where it is more than so many standard errors of the paired difference.
 _ERRORS = 2.0

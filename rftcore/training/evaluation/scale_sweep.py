@@ -17,7 +17,7 @@ from torch import nn
 from rftcore.training import weights
 from rftcore.training.config import EvalConfig
 from rftcore.training.errors import UsageError
-from rftcore.training.validation import Evaluation
+from rftcore.training.evaluation.validation import Evaluation
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from rftcore.training.config import EvalConfig
 from rftcore.training.errors import UsageError
-from rftcore.training.validation import Mean
+from rftcore.training.evaluation.validation import Mean
 
 # step -> measure -> values, as `Progress.evaluations`
 Evaluations = Mapping[int, Mapping[str, Sequence[float]]]

@@ -1,0 +1,1 @@
+"""What is measured before, during and after training, always from the same noise, and the guards that read it."""
