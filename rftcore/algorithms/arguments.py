@@ -35,7 +35,7 @@ def check_shapes(**tensors: Tensor) -> None:
 def check_per_image(r: Tensor, prompts: Sequence[str] | None = None) -> None:
     """Raises ValueError unless r is (N,) with N >= 1 of a floating dtype, and the prompts, where given, as many."""
     if r.ndim != 1 or not len(r):
-        raise ValueError(f"rewards must have shape (N,) with N >= 1, not {tuple(r.shape)}; give one reward per image")
+        raise ValueError(f"rewards must have shape (B,) with B >= 1, not {tuple(r.shape)}; give one reward per image")
     if not r.is_floating_point():
         raise ValueError(f"rewards must be floating, not {r.dtype}, which would round what comes of them; use .float()")
     if prompts is not None and (isinstance(prompts, str) or len(prompts) != len(r)):
