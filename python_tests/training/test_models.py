@@ -24,18 +24,8 @@ import rftcore
 from rftcore.training import UsageError, pipeline
 from rftcore.training.config import ModelConfig, SamplingConfig
 
-KINDS = ("sd", "sdxl", "pixels")
 CPU = torch.device("cpu")
 PROMPTS = tiny.TRAIN_PROMPTS[:2]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A folder with a pipeline of each kind."""
-    paths = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
-    for kind, path in paths.items():
-        tiny_models.save(kind, path)
-    return paths
 
 
 def load(folder, **options):

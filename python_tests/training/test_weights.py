@@ -17,18 +17,8 @@ from rftcore.sampling.adapters import adapters_off
 from rftcore.training import RunError, UsageError, pipeline, weights
 from rftcore.training.config import LoraConfig, SamplingConfig
 
-KINDS = ("sd", "sdxl", "pixels")
 CPU = torch.device("cpu")
 PROMPTS = tiny.TRAIN_PROMPTS[:2]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """A folder with a pipeline of each kind."""
-    paths = {kind: tmp_path_factory.mktemp(kind) for kind in KINDS}
-    for kind, path in paths.items():
-        tiny_models.save(kind, path)
-    return paths
 
 
 def load(folder):
@@ -79,7 +69,7 @@ def gradients(unet):
     return torch.cat([parameter.grad.flatten() for parameter in weights.trainable(unet).values()])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny_models.BUILDERS)
 @pytest.mark.parametrize("trained", ["lora", "full"])
 def test_every_module_learns_and_accelerated_gradients_are_stocks(folders, kind, trained):
     found = []
@@ -102,7 +92,7 @@ def test_every_module_learns_and_accelerated_gradients_are_stocks(folders, kind,
     assert torch.linalg.norm(found[0] - found[1]) <= 1e-11 * torch.linalg.norm(found[0])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny_models.BUILDERS)
 def test_first_backward_of_a_fresh_lora_reaches_every_module(folders, kind):
     """B = 0: A has no gradient yet, B has."""
     pipe = load(folders[kind])
@@ -116,7 +106,7 @@ def test_first_backward_of_a_fresh_lora_reaches_every_module(folders, kind):
     assert weights.silent(pipe.unet) == [broken.partition(".lora_")[0]]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny_models.BUILDERS)
 def test_adapter_is_the_seeds_alone_and_starts_without_effect(folders, kind):
     adapters = []
     for noise, seed in ((1, 0), (2, 0), (2, 1)):
@@ -128,7 +118,7 @@ def test_adapter_is_the_seeds_alone_and_starts_without_effect(folders, kind):
     assert torch.equal(adapters[0], adapters[1]) and not torch.equal(adapters[0], adapters[2])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny_models.BUILDERS)
 def test_adapters_off_is_the_base_model(folders, kind):
     pipe = load(folders[kind])
     base = copy.deepcopy(pipe.unet)
@@ -155,7 +145,7 @@ def test_adapters_off_is_the_base_model(folders, kind):
     assert bool((divergence > 0).all())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny_models.BUILDERS)
 @pytest.mark.parametrize("trained", ["lora", "full"])
 def test_what_is_saved_is_loaded_by_the_lines_that_say_how(folders, tmp_path, kind, trained):
     pipe = load(folders[kind])
@@ -183,7 +173,7 @@ def test_what_is_saved_is_loaded_by_the_lines_that_say_how(folders, tmp_path, ki
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny_models.BUILDERS)
 def test_a_lora_file_that_lost_its_effect_is_refused(folders, tmp_path, kind):
     pipe = load(folders[kind])
     weights.attach(pipe, config("lora"), seed=0)
@@ -241,7 +231,7 @@ def test_master_dtype(trained, precision, dtype):
     assert weights.master_dtype(run) == dtype
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny_models.BUILDERS)
 def test_whole_unet_under_autocast(folders, tmp_path, kind):
     """As accelerate prepares it: fp32 masters get fp32 gradients of bf16 arithmetic, and what is saved reloads."""
     pipe = load(folders[kind])
@@ -265,7 +255,7 @@ def test_whole_unet_under_autocast(folders, tmp_path, kind):
     assert weights.verify_reload(pipe.unet, tmp_path) < 1e-5
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny_models.BUILDERS)
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
