@@ -160,7 +160,7 @@ def test_what_decides_about_memory_is_planned_anew(change, make_unet, conditioni
     assert sampler.plan is before
     CHANGES[change](unet)
     loss_of(sampler, given)
-    assert sampler.plan is not before and sampler.plan != before
+    assert sampler.plan is not before
 
 
 def test_only_the_first_plan_waits_for_the_other_ranks(monkeypatch, make_unet, conditioning):
