@@ -41,7 +41,7 @@ def test_config_declares_for_a_silent_function():
     ("spec", "message"),
     [
         ("digit", "did you mean 'digits'"),
-        ("aesthetics", "known names: digits, digits_held_out"),
+        ("quality", "known names: .*digits, digits_held_out"),
         ("user_rewards.brigt", "did you mean 'bright'"),
         ("no_such_module.reward", "no module 'no_such_module'"),
         ("user_rewards.number", "int, not a function"),

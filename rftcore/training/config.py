@@ -30,8 +30,8 @@ def option(
     """A dataclass field with its help text and the bounds of its value; a mutable default is copied for every instance."""
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     metadata = {"help": help, "bounds": {name: bound for name, bound in bounds.items() if bound is not None}}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -49,13 +49,24 @@ class ModelConfig:
     )
     revision: str | None = option(None, "revision on the hub")
     variant: str | None = option(None, "weight file variant, e.g. fp16")
+    original_config: str | None = option(
+        None,
+        "for a checkpoint that is one file: the pipeline, hub name or folder, whose configs and tokenizers it is built "
+        "with; null: what diffusers takes for its kind",
+    )
+    vae: str | None = option(
+        None, "another VAE: hub name, folder or file, such as madebyollin/sdxl-vae-fp16-fix; null: the model's own"
+    )
+    fuse_lora: list[str] = option(
+        [], "LoRAs (PATH or PATH:scale) that are merged into the weights before training, such as LCM-LoRA"
+    )
 
 
 @dataclass
 class SamplingConfig:
     """how images are sampled, in training and in evaluation alike"""
 
-    scheduler: Literal["ddim", "ddpm", "euler", "euler_ancestral"] = option(
+    scheduler: Literal["ddim", "ddpm", "euler", "euler_ancestral", "lcm"] = option(
         "ddim", "built from the model's own scheduler config"
     )
     num_inference_steps: int = option(50, "sampling steps T", at_least=1)
@@ -64,6 +75,9 @@ class SamplingConfig:
         None, "DDIM's noise level, 0 to 1; null: the scheduler's own (0 for DDIM)", at_least=0, at_most=1
     )
     negative_prompt: str = option("", "prompt of the negative branch")
+    clip_skip: int | None = option(
+        None, "layers of the text encoder that are left out at its end; null: none but the model's own", at_least=1
+    )
     resolution: int | None = option(None, "image side in pixels; null: the model's own", at_least=1)
 
 
@@ -145,8 +159,14 @@ class MemoryConfig:
 class RewardConfig:
     """what is maximised"""
 
-    function: str = option(
-        "digits", "a known name, or module.function of your own: (images, prompts, metadata) -> tensor (B,)"
+    function: str | dict[str, float] = option(
+        "digits",
+        "a known name, module.function of your own: (images, prompts, metadata) -> tensor (B,), or several of them with "
+        "their weights, whose weighted sum is maximised: {pickscore: 10, aesthetic: 0.05}",
+    )
+    options: dict[str, dict[str, Any]] = option(
+        {},
+        "what rewards, held-out ones too, are made with, by their names: {aesthetic: {model: FOLDER}}",
     )
     differentiable: bool | None = option(
         None, "declares it for a function that carries no `differentiable` attribute of its own"
@@ -195,7 +215,18 @@ class RunConfig:
     seed: int = option(0, "of adapter initialisation, noise, and prompt order", at_least=0)
     prompts: str | list[str] = option(
         "rftcore.digits.train_prompts",
-        "training prompts: a .txt (one a line, # comments) or .jsonl (key prompt) file, module.function, or a list",
+        "training prompts: a known set, a .txt (one a line, # comments), .jsonl, .json, .csv or .tsv file, "
+        "module.function, or a list",
+    )
+    prompt_template: str | None = option(
+        None, 'text with {} where each training and validation prompt is put, such as "a photo of a {}"; null: none'
+    )
+    held_out_share: float | None = option(
+        None,
+        "share of `prompts` that is not trained on and is evaluated instead of eval.validation_prompts: those whose "
+        "text's hash says so, the same in every run; null: none",
+        above=0,
+        below=1,
     )
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "of the frozen weights; trained ones stay fp32")
     cpu_threads: int | None = option(

@@ -1,0 +1,60 @@
+"""Several rewards as one: their weighted sum, with the values of each."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from rftcore.rewards.reward import Reward, RewardSpecError
+
+NAME = "weighted_sum"
+
+
+class WeightedSum:
+    """sum_i w_i r_i(images), differentiable where every r_i is.
+
+    Args:
+        parts: rewards, each with its weight: negative ones are kept small.
+
+    Raises:
+        RewardSpecError: for no part, two of one name, or a weight that is zero or not finite.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Reward, float]]) -> None:
+        names = [reward.name for reward, _ in parts]
+        if not parts:
+            raise RewardSpecError("a weighted sum of no reward; give at least one with its weight")
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise RewardSpecError(f"reward {twice!r} is in the weighted sum twice; add its weights up")
+        for reward, weight in parts:
+            if not math.isfinite(weight) or weight == 0:
+                raise RewardSpecError(
+                    f"reward {reward.name!r} has the weight {weight}; it must be finite and not 0. To only measure a "
+                    "reward, name it in eval.held_out_reward"
+                )
+        self.parts = tuple(parts)
+        self.differentiable = all(reward.differentiable for reward, _ in parts)
+
+    def __call__(self, images, prompts: Sequence[str], metadata: Sequence[dict] | None = None):
+        """(B,) of images (B, 3, H, W)."""
+        return self.with_parts(images, prompts, metadata)[0]
+
+    def with_parts(
+        self, images, prompts: Sequence[str], metadata: Sequence[dict] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """(B,), and each part's own (B,), without its weight and without a gradient, by name."""
+        values = {reward.name: reward(images, prompts, metadata) for reward, _ in self.parts}
+        total = sum(weight * values[reward.name] for reward, weight in self.parts)
+        return total, {name: value.detach() for name, value in values.items()}
+
+    def to(self, device) -> WeightedSum:
+        for reward, _ in self.parts:
+            reward.to(device)
+        return self
+
+
+def weighted_sum(parts: Sequence[tuple[Reward, float]]) -> Reward:
+    """The weighted sum of rewards, as a reward. Raises: RewardSpecError, as `WeightedSum`."""
+    function = WeightedSum(parts)
+    return Reward(function, NAME, function.differentiable, unit="weighted reward points")
