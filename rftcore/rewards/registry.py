@@ -91,9 +91,11 @@ def load_judge(spec: str | Callable, *, options: Mapping[str, Any] | None = None
 def check_differentiable(reward: Reward, algorithm: str) -> None:
     """Raises RewardSpecError when an algorithm that follows the reward's gradient is given a reward without one."""
     if not reward.differentiable:
+        broken = [repr(part.name) for part, _ in getattr(reward.function, "parts", ()) if not part.differentiable]
+        which = f"{reward.name!r}, of which {', '.join(broken)}" if broken else repr(reward.name)
         raise RewardSpecError(
-            f"{algorithm} follows the reward's gradient, and reward {reward.name!r} declares differentiable=False; "
-            "such a reward needs an algorithm that only measures it (DDPO, DPOK, RWR, SFT), or a differentiable "
+            f"{algorithm} follows the reward's gradient, and reward {which} declares differentiable=False; such "
+            "a reward needs an algorithm that only measures it (DDPO, DPOK, RWR, SFT), or a differentiable "
             "stand-in"
         )
 

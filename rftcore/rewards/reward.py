@@ -42,9 +42,14 @@ class Reward:
         """Rewards (B,) of images (B, 3, H, W) in [0, 1]."""
         return self.function(images, prompts, metadata)
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Names of the rewards that it is made of; none where it is one."""
+        return tuple(part.name for part, _ in getattr(self.function, "parts", ()))
+
     def with_parts(self, images, prompts: Sequence[str], metadata: Sequence[dict] | None = None):
-        """Rewards (B,), and those of the rewards that they are made of by name, each (B,); none where it is one."""
-        if hasattr(self.function, "with_parts"):
+        """Rewards (B,), and by name those, each (B,), of what they are made of."""
+        if self.parts:
             return self.function.with_parts(images, prompts, metadata)
         return self(images, prompts, metadata), {}
 

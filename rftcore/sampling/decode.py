@@ -133,7 +133,7 @@ def score(
     clamp: str = "hard",
     on_nan: str = "stop",
     return_stats: bool = False,
-) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+) -> Tensor | tuple[Tensor, dict[str, Any]]:
     """Rewards of latents, differentiable, on the memory of one image.
 
     Under grad mode each image is decoded, scored and backpropagated to its latent at once, and only that gradient is
@@ -148,7 +148,9 @@ def score(
         images_per_call: b, how many images are decoded and scored together.
         on_nan: what a reward of NaN or inf, or a gradient of one, means: "stop" raises; "drop" gives NaN for that
             sample, whose gradient is exactly zero.
-        return_stats: also give {"saturated": (B,), "dropped": (B,)}: as in `decode`, and which samples were dropped.
+        return_stats: also give {"saturated": (B,), "dropped": (B,)}: as in `decode`, and which samples were dropped;
+            for a reward with a method `with_parts`, which gives its values and {name: (b,)} of what they are made of,
+            also "parts", {name: (B,)}.
 
     Returns:
         (B,) rewards in the latents' dtype, and the stats if asked for.
@@ -180,9 +182,13 @@ def score(
             "to train on them, or call score under torch.no_grad() to only measure."
         )
 
+    # Of a sum's rewards, by a part's first image: a part that is scored again replaces its values.
+    summands: dict[int, dict[str, Tensor]] = {}
+    call = getattr(reward, "with_parts", None) or (lambda *given: (reward(*given), {}))
+
     def evaluate(part: slice, piece: Tensor) -> tuple[Tensor, Tensor]:
         images, saturated = _images(vae, piece, clamp)
-        rewards = reward(images, prompts[part], None if metadata is None else metadata[part])
+        rewards, summands[part.start] = call(images, prompts[part], None if metadata is None else metadata[part])
         _check_shape(reward, rewards, len(prompts[part]))
         return rewards, saturated
 
@@ -198,7 +204,13 @@ def score(
         if on_nan == "stop":
             _check_finite(reward, rewards, prompts, (~dropped).tolist())
         rewards, saturated = rewards.masked_fill(dropped, torch.nan).to(latents), saturated.to(latents)
-    return (rewards, {"saturated": saturated, "dropped": dropped}) if return_stats else rewards
+    if not return_stats:
+        return rewards
+    stats = {"saturated": saturated, "dropped": dropped}
+    if hasattr(reward, "with_parts"):
+        found = [summands[part.start] for part in parts]
+        stats["parts"] = {name: torch.cat([values[name].detach() for values in found]) for name in found[0]}
+    return rewards, stats
 
 
 class _Score(torch.autograd.Function):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -48,17 +50,25 @@ def load_judges(
 ) -> list[rewards.Reward]:
     """The trained reward and the held-out judges, all of other names.
 
-    Raises: UsageError where two have the same name, or the evaluation is asked what it cannot do with them.
+    Raises: UsageError where two have the same name, options are of a reward that is not there, or the evaluation is
+        asked what it cannot do with them.
     """
     held_out = held_out_reward or config.eval.held_out_reward or []
     specs = list(held_out) if isinstance(held_out, Sequence) and not isinstance(held_out, str) else [held_out]
-    judges = [rewards.load(reward or config.reward.function, differentiable=config.reward.differentiable)]
+    unused = dict(config.reward.options)
+    judges = [_trained_reward(reward or config.reward.function, config.reward.differentiable, unused)]
     # A judge is only measured: whether it has a gradient does not matter.
-    judges += [rewards.load_judge(spec) for spec in specs]
-    seen = set()
-    for judge in judges:
+    judges += [rewards.load_judge(spec, options=_options_of(spec, unused)) for spec in specs]
+    if unused:
+        raise UsageError(
+            f"reward.options has {', '.join(map(repr, unused))}, and no reward of the run has that name; name a reward as "
+            "reward.function or eval.held_out_reward does"
+        )
+    trained = {judges[0].name, *judges[0].parts}
+    seen = set(trained)
+    for judge in judges[1:]:
         if judge.name in seen:
-            kinds = "the trained and a held-out reward" if judge.name == judges[0].name else "two held-out rewards"
+            kinds = "the trained and a held-out reward" if judge.name in trained else "two held-out rewards"
             raise UsageError(
                 f"{kinds} are both named {judge.name!r}; a held-out judge must be another function, with a name of its "
                 "own"
@@ -67,6 +77,22 @@ def load_judges(
     early_stop.check(config.eval, judges[1:])
     scale_sweep.check(config.eval)
     return judges
+
+
+def _trained_reward(
+    spec: str | Callable | Mapping[str, float], differentiable: bool | None, unused: dict[str, dict[str, Any]]
+) -> rewards.Reward:
+    """One reward, or the weighted sum of several; takes their options out of `unused`."""
+    if not isinstance(spec, Mapping):
+        return rewards.load(spec, differentiable=differentiable, options=_options_of(spec, unused))
+    load = functools.partial(rewards.load, differentiable=differentiable)
+    return rewards.weighted_sum(
+        [(load(name, options=_options_of(name, unused)), weight) for name, weight in spec.items()]
+    )
+
+
+def _options_of(spec: str | Callable, unused: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return unused.pop(spec, {}) if isinstance(spec, str) else {}
 
 
 def start_accelerator(config: RunConfig) -> Accelerator:
@@ -133,7 +159,7 @@ def assemble(
         inputs=inputs,
         plan=SamplePlan(train_prompts, config.train.samples_drawn, config.seed),
         sample_size=sample_size,
-        reward=judges[0],
+        reward=judges[0].to(device),
         config=config,
         clock=Stopwatch(device),
         memory=memory or _settled_memory(config, accelerator, unet),
@@ -145,7 +171,7 @@ def assemble(
     return Assembly(
         engine=engine,
         method=method,
-        validation=Validation(engine, method.sampler, validation_prompts, judges),
+        validation=Validation(engine, method.sampler, validation_prompts, [judge.to(device) for judge in judges]),
         trained=Trained(engine.model, optimizer, lr_scheduler, method, accelerator.scaler, ema),
         base_model=config.model.pretrained_model_name_or_path if given is None else str(pipe.name_or_path),
         pipeline_class=pipeline_class,

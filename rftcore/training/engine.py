@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,15 +33,29 @@ class Samples:
 
 @dataclass(frozen=True)
 class Scores:
-    """Rewards (b,) in reward points, NaN where a sample is dropped, and the images' saturated share (b,)."""
+    """Rewards (b,) in reward points, NaN where a sample is dropped, and the images' saturated share (b,).
+
+    Attributes:
+        parts: of a weighted sum, each reward's own values (b,), by name.
+    """
 
     rewards: Tensor
     saturated: Tensor
+    parts: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def kept(self) -> Tensor:
         """(b,) whether a sample counts."""
         return self.rewards.detach().isfinite()
+
+    @classmethod
+    def cat(cls, scores: Sequence[Scores]) -> Scores:
+        """Those of several batches as one."""
+        return cls(
+            torch.cat([one.rewards for one in scores]),
+            torch.cat([one.saturated for one in scores]),
+            {name: torch.cat([one.parts[name] for one in scores]) for name in scores[0].parts},
+        )
 
 
 @dataclass
@@ -141,7 +155,7 @@ class Engine:
                 on_nan=self.config.reward.on_nan,
                 return_stats=True,
             )
-        return Scores(rewards, stats["saturated"])
+        return Scores(rewards, stats["saturated"], stats["parts"])
 
     @contextmanager
     def synchronised(self, last: bool) -> Iterator[None]:

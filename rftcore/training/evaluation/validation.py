@@ -47,7 +47,8 @@ class Evaluation:
     """What was seen of N images of P prompts, the same on every process. Image j shows prompt j mod P.
 
     Attributes:
-        scores: judge -> (N,) reward points, NaN where a judge had none and such samples are dropped.
+        scores: judge -> (N,) reward points, NaN where a judge had none and such samples are dropped; a weighted sum's
+            rewards are among them.
         eps_drift: (N,) mean squared difference of the guided eps (or what the model predicts) from the model without
             its adapter, at the chain's own states, a mean over some of its steps; empty where there is no adapter.
         features: space -> (N, ...) on the CPU.
@@ -84,7 +85,7 @@ class _Seen:
     """One image's part of an evaluation."""
 
     index: int
-    scores: list[float]
+    scores: dict[str, float]
     eps_drift: float | None
     features: dict[str, Tensor]
     image: Image.Image | None
@@ -124,7 +125,7 @@ class Validation:
         model.train(was_training)
         everyone = sorted(gather_object(results), key=lambda seen: seen.index)
         return Evaluation(
-            scores={judge.name: [seen.scores[number] for seen in everyone] for number, judge in enumerate(self.judges)},
+            scores={name: [seen.scores[name] for seen in everyone] for name in everyone[0].scores},
             eps_drift=[seen.eps_drift for seen in everyone if seen.eps_drift is not None],
             features={space: torch.stack([seen.features[space] for seen in everyone]) for space in self.spaces},
             prompts=self.distinct,
@@ -138,23 +139,37 @@ class Validation:
         noise = [generator(self.engine.config.eval.seed, "validation", index) for index in indices]
         trajectory = self.engine.sample(self.sampler, Samples(indices, prompts, noise))
         images = torch.cat([decode(self.engine.vae, latent) for latent in trajectory.latents.split(1)])  # (b, 3, H, W)
-        # Scored as the output of a pixel-space model: decoded once for all judges.
-        given = {"images_per_call": len(prompts), "on_nan": self.engine.config.reward.on_nan}
-        scores = [score(None, images * 2 - 1, judge, prompts, **given) for judge in self.judges]
-        per_image = torch.stack(scores, dim=1).double().tolist()  # (b, judges)
+        scores = self._scores(images, prompts)
         eps_drift = self._eps_drift(trajectory, prompts)
         # Copies: a row would keep its whole batch.
         features = {space: [row.cpu().clone() for row in make(images)] for space, make in self.spaces.items()}
         return [
             _Seen(
                 index,
-                per_image[row],
+                {name: values[row] for name, values in scores.items()},
                 eps_drift[row],
                 {space: rows[row] for space, rows in features.items()},
                 None if grids.place(index, self.distinct) is None else _to_image(images[row]),
             )
             for row, index in enumerate(indices)
         ]
+
+    def _scores(self, images: Tensor, prompts: list[str]) -> dict[str, list[float]]:
+        """Each judge's (b,), a weighted sum's rewards after it."""
+        found: dict[str, list[float]] = {}
+        for judge in self.judges:
+            # As the output of a pixel-space model: decoded once for all judges.
+            values, stats = score(
+                None,
+                images * 2 - 1,
+                judge,
+                prompts,
+                images_per_call=len(prompts),
+                on_nan=self.engine.config.reward.on_nan,
+                return_stats=True,
+            )
+            found |= {name: column.double().tolist() for name, column in {judge.name: values, **stats["parts"]}.items()}
+        return found
 
     def _eps_drift(self, trajectory: Trajectory, prompts: list[str]) -> list[float | None]:
         """Of each sample: mean over evenly spread steps of the mean squared difference from the model without adapter."""

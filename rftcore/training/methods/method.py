@@ -60,6 +60,8 @@ class Tally:
         """New samples, and their rewards."""
         self._scores.append(scores)
         self.reward_queries += len(scores.rewards)
+        for name, values in scores.parts.items():
+            self.note(f"reward/{name}/mean", values[scores.kept])
 
     @property
     def any_kept(self) -> bool:

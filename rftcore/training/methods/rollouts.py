@@ -60,10 +60,7 @@ def draw(
         trajectories.append(trajectory)
         scores.append(scored)
         prompts += samples.prompts
-    joined = Scores(
-        torch.cat([scored.rewards for scored in scores]), torch.cat([scored.saturated for scored in scores])
-    )
-    return Rollout([*indices], prompts, Trajectory.cat(trajectories), joined)
+    return Rollout([*indices], prompts, Trajectory.cat(trajectories), Scores.cat(scores))
 
 
 def everyones_rewards(engine: Engine, rollout: Rollout, epoch: int) -> tuple[list[str], Tensor]:
