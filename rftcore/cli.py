@@ -63,6 +63,12 @@ def _parser() -> ArgumentParser:
         help="what was built, and which backend serves each op here",
     )
 
+    commands.add_subcommand(
+        "rewards",
+        _subparser("The rewards that ship: gradient, unit, range, what each loads, licence, options."),
+        help="list the shipped rewards",
+    )
+
     check = _subparser("One training step and one evaluation of a run, measured; writes nothing.")
     commands.add_subcommand("check", check, help="measure a run's memory and seconds before it is started")
     _add_algorithms(check)
@@ -138,6 +144,11 @@ def _run(namespace) -> int:
         from rftcore.build import format_info
 
         print(format_info())
+    elif namespace.command == "rewards":
+        _quieten_libraries()
+        from rftcore.rewards_command import describe as describe_rewards
+
+        print(describe_rewards())
     elif namespace.command == "configs" and namespace.configs.action == "ls":
         for name in recipes.names():
             print(f"{name:<26} {recipes.description(name)}")

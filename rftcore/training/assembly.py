@@ -147,6 +147,8 @@ def assemble(
         for model in (pipe.unet, vae):
             if model is not None:
                 blocks.accelerate(model)
+    # Before the chains' memory is planned.
+    judges = [judge.to(device) for judge in judges]
     optimizer = make_optimizer(config.train, weights.trainable(pipe.unet).values(), device)
     # Not prepared: accelerate would step it once for every process.
     lr_scheduler = make_lr_scheduler(config.train, optimizer)
@@ -159,7 +161,7 @@ def assemble(
         inputs=inputs,
         plan=SamplePlan(train_prompts, config.train.samples_drawn, config.seed),
         sample_size=sample_size,
-        reward=judges[0].to(device),
+        reward=judges[0],
         config=config,
         clock=Stopwatch(device),
         memory=memory or _settled_memory(config, accelerator, unet),
@@ -171,7 +173,7 @@ def assemble(
     return Assembly(
         engine=engine,
         method=method,
-        validation=Validation(engine, method.sampler, validation_prompts, [judge.to(device) for judge in judges]),
+        validation=Validation(engine, method.sampler, validation_prompts, judges),
         trained=Trained(engine.model, optimizer, lr_scheduler, method, accelerator.scaler, ema),
         base_model=config.model.pretrained_model_name_or_path if given is None else str(pipe.name_or_path),
         pipeline_class=pipeline_class,
