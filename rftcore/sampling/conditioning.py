@@ -11,10 +11,13 @@ from torch import Tensor
 
 from rftcore.sampling.records import stored
 
+# The UNet's argument for an embedding of the guidance scale.
+GUIDANCE = "timestep_cond"
+
 
 @dataclasses.dataclass(frozen=True)
 class Conditioning:
-    """The UNet's keyword arguments, flat: `prompt_embeds` and the tensors of `added_cond_kwargs`.
+    """The UNet's keyword arguments, flat: `prompt_embeds`, the tensors of `added_cond_kwargs`, and `timestep_cond`.
 
     Attributes:
         positive: name -> tensor (B, ...), empty for an unconditional UNet.
@@ -78,6 +81,10 @@ class Conditioning:
     def batch_size(self) -> int | None:
         """B, None for an unconditional UNet."""
         return next((tensor.shape[0] for tensor in self.positive.values()), None)
+
+    def told(self, embedding: Tensor) -> Conditioning:
+        """The same without a negative branch, and with the embedding (1, D) of the guidance scale for each sample."""
+        return Conditioning({**self.positive, GUIDANCE: embedding.repeat(self.batch_size, 1)})
 
     def tensors(self) -> list[Tensor]:
         """All tensors, in a fixed order."""

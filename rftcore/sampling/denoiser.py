@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from rftcore.sampling.conditioning import Conditioning
+from rftcore.sampling.conditioning import GUIDANCE, Conditioning
+from rftcore.sampling.lcm import guidance_embedding
 
-# `prompt_embeds` is what pipelines call it; the UNet's own argument has another name.
-_UNET_ARGUMENT = {"prompt_embeds": "encoder_hidden_states"}
+# What is an argument of the UNet's own; `prompt_embeds` is what pipelines call it.
+_UNET_ARGUMENT = {"prompt_embeds": "encoder_hidden_states", GUIDANCE: GUIDANCE}
 
 
 class Denoiser:
@@ -37,6 +38,8 @@ class Denoiser:
         _check_model(self.model)
         self.conditional = "encoder_hidden_states" in inspect.signature(type(self.model).forward).parameters
         _check_constants(cross_attention_kwargs or {})
+        # Of one scale, by where it is: not to be copied to the device for every chain.
+        self._embedded: dict[tuple, Tensor] = {}
         self.extra = {} if cross_attention_kwargs is None else {"cross_attention_kwargs": dict(cross_attention_kwargs)}
 
     @property
@@ -64,6 +67,27 @@ class Denoiser:
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that require grad now, by their name in `module`."""
         return {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
+
+    @property
+    def embeds_guidance(self) -> bool:
+        """Whether the UNet is told its guidance scale, as those distilled from a guided one are: one branch is run."""
+        return getattr(self.config, "time_cond_proj_dim", None) is not None
+
+    def guided(self, guidance_scale: float) -> bool:
+        """Whether both branches are run for this scale."""
+        return guidance_scale != 1.0 and not self.embeds_guidance
+
+    def told(self, conditioning: Conditioning, guidance_scale: float) -> Conditioning:
+        """The conditioning with the guidance scale, where the UNet embeds it."""
+        if not self.embeds_guidance:
+            return conditioning
+        key = guidance_scale, self.device, self.dtype
+        if key not in self._embedded:
+            # Kept for later calls, which may be under grad mode.
+            with torch.inference_mode(False):
+                embedding = guidance_embedding(guidance_scale, self.config.time_cond_proj_dim)
+                self._embedded = {key: embedding.to(self.device, self.dtype)}
+        return conditioning.told(self._embedded[key])
 
     def check_conditioning(self, conditioning: Conditioning) -> None:
         """Raises ValueError unless the UNet takes what it is given."""
@@ -183,11 +207,6 @@ def _check_model(model: nn.Module) -> None:
         raise TypeError(
             f"unet has in_channels={config.in_channels} and out_channels={config.out_channels}: inpainting models and "
             "learned variances are not served; use a text-to-image or unconditional UNet with equal channels."
-        )
-    if getattr(config, "time_cond_proj_dim", None) is not None:
-        raise TypeError(
-            f"unet has time_cond_proj_dim={config.time_cond_proj_dim}: it takes its guidance scale as an embedding "
-            "(latent consistency models), which is not served; use a UNet without."
         )
 
 

@@ -55,12 +55,13 @@ class CheckpointedSampler:
     Args:
         unet: diffusers `UNet2DConditionModel` or `UNet2DModel`; PEFT, `torch.compile`, accelerate and DDP wrappings
             are accepted.
-        scheduler: diffusers' `DDIMScheduler`, `DDPMScheduler`, `EulerDiscreteScheduler` or
-            `EulerAncestralDiscreteScheduler`, as its user configured it; it is not changed. Without a gradient also
+        scheduler: diffusers' `DDIMScheduler`, `DDPMScheduler`, `EulerDiscreteScheduler`,
+            `EulerAncestralDiscreteScheduler` or `LCMScheduler`, as its user configured it; it is not changed. Without a gradient also
             `DPMSolverMultistepScheduler` and `UniPCMultistepScheduler`.
         num_inference_steps: T.
         guidance_scale: w of classifier-free guidance; 1.0 runs no negative branch. Any other value guides, 0.0 to the
-            negative prompt alone (diffusers' pipelines switch guidance off below 1).
+            negative prompt alone (diffusers' pipelines switch guidance off below 1). A UNet with time_cond_proj_dim
+            (latent consistency models) is told w instead, and runs one branch at any w.
         eta: DDIM's; None is 0. Other schedulers have their own noise, or none, and take None only.
         backprop_steps: None differentiates the whole chain, K the last K steps, 0 none.
         gradient_path: where the gradient flows, step by step; backprop_steps is its short form, give one of the two.
@@ -97,7 +98,7 @@ class CheckpointedSampler:
         if not isinstance(guidance_scale, numbers.Real) or not math.isfinite(guidance_scale):
             raise ValueError(f"guidance_scale={guidance_scale!r} must be a finite number; 1.0 means no guidance.")
         self.denoiser = Denoiser(unet, cross_attention_kwargs)
-        self.guided = guidance_scale != 1.0
+        self.guided = self.denoiser.guided(guidance_scale)
         if self.guided and not self.denoiser.conditional:
             raise ValueError(
                 f"guidance_scale={guidance_scale} with the unconditional {type(self.denoiser.model).__name__}: there "
@@ -382,7 +383,7 @@ class CheckpointedSampler:
     def _conditioning(self, *given) -> Conditioning:
         conditioning = Conditioning.build(*given, guided=self.guided)
         self.denoiser.check_conditioning(conditioning)
-        return conditioning
+        return self.denoiser.told(conditioning, self.settings["guidance_scale"])
 
     def _first_state(
         self,

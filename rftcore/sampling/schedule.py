@@ -14,6 +14,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
     UniPCMultistepScheduler,
 )
 
@@ -22,6 +23,7 @@ from rftcore.sampling.ddim import ddim_rows
 from rftcore.sampling.ddpm import ddpm_rows
 from rftcore.sampling.euler import euler_ancestral_rows, euler_rows, input_scales
 from rftcore.sampling.gradient_path import is_whole
+from rftcore.sampling.lcm import lcm_rows
 from rftcore.sampling.multistep import MultistepTable, multistep_table
 from rftcore.sampling.prediction import PREDICTION_TYPES
 
@@ -136,6 +138,7 @@ _ROWS: dict[type, Callable] = {
     DDPMScheduler: ddpm_rows,
     EulerDiscreteScheduler: euler_rows,
     EulerAncestralDiscreteScheduler: euler_ancestral_rows,
+    LCMScheduler: lcm_rows,
 }
 _EULERS = (EulerDiscreteScheduler, EulerAncestralDiscreteScheduler)
 _SAMPLING_ONLY = (DPMSolverMultistepScheduler, UniPCMultistepScheduler)
@@ -143,6 +146,7 @@ _SAMPLING_ONLY = (DPMSolverMultistepScheduler, UniPCMultistepScheduler)
 _NOISE = {
     DDPMScheduler: "whose noise is its variance_type",
     EulerAncestralDiscreteScheduler: "whose noise is what its sigmas leave",
+    LCMScheduler: "whose noise is that of its next timestep",
 }
 # What a table is made of, and a subclass may not have changed.
 _MATHS = (
@@ -151,6 +155,7 @@ _MATHS = (
     "init_noise_sigma",
     "previous_timestep",
     "convert_model_output",
+    "get_scalings_for_boundary_condition_discrete",
     "dpm_solver_first_order_update",
     "multistep_dpm_solver_second_order_update",
     "multistep_dpm_solver_third_order_update",
@@ -215,6 +220,11 @@ def _at_timesteps(scheduler, kind: type, num_inference_steps: int):
         raise ValueError(
             f"num_inference_steps={num_inference_steps!r} must be a whole number from 1 to {maximum}, "
             "the scheduler's num_train_timesteps."
+        )
+    if kind is LCMScheduler and num_inference_steps > scheduler.config.original_inference_steps:
+        raise ValueError(
+            f"num_inference_steps={num_inference_steps} of an LCMScheduler must be at most its "
+            f"original_inference_steps={scheduler.config.original_inference_steps}, of which it takes some; take fewer."
         )
     chain = copy.deepcopy(scheduler)
     chain.set_timesteps(num_inference_steps)
