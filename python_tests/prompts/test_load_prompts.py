@@ -62,8 +62,8 @@ def test_folder_is_no_file(tmp_path, name):
     [
         ("missing.txt", "missing.txt cannot be read: No such file"),
         ("missing.jsonl", "missing.jsonl cannot be read: No such file"),
-        ("/some/folder", "give a .txt or .jsonl file, module.function, or a list"),
-        ("word", "give a .txt or .jsonl file, module.function, or a list"),
+        ("/some/folder", "give a .txt, .jsonl, .json, .csv or .tsv file, module.function, or a list"),
+        ("word", "give a .txt, .jsonl, .json, .csv or .tsv file, module.function, or a list"),
         ("no_such_module.prompts", "no module 'no_such_module'"),
         ([], "empty"),
         (["a cat", 3], "must be a string, not 3"),

@@ -1,29 +1,40 @@
-"""Prompts: a list of strings from a text file, a JSON-lines file, a function, or a list."""
+"""Prompts: lists of strings, from the papers' sets, files, datasets, functions; filled into a text, and split by rule."""
 
 from __future__ import annotations
 
-import json
+import difflib
 from collections.abc import Sequence
 from pathlib import Path
 
 from rftcore.dotted import DottedPathError, resolve
+from rftcore.prompts import benchmarks, files, hub
+from rftcore.prompts.errors import PromptsError
+from rftcore.prompts.sets import KNOWN
+from rftcore.prompts.split import split
+from rftcore.prompts.templates import fill
 
+__all__ = ["KNOWN", "PromptsError", "fill", "load", "split"]
 
-class PromptsError(ValueError):
-    """Prompts that cannot be found or read, or that are empty."""
+_GIVE = f"give a {', '.join(files.SUFFIXES[:-1])} or {files.SUFFIXES[-1]} file, module.function, or a list of prompts"
 
 
 def load(source: str | Sequence[str]) -> list[str]:
-    """The prompts of a .txt file (one a line, # comments), a .jsonl file (key "prompt"), module.function, or a list.
+    """The prompts behind a source, in their order.
+
+    Args:
+        source: one of
+            - a known set: simple_animals, imagenet_animals, animal_activities;
+            - a file: .txt (one a line, # comments), .jsonl and .json (key "prompt", or lists of strings), .csv and .tsv
+              (column "prompt" or "prompts"); FILE:NAME takes another key or column;
+            - a benchmark that is on disk, whole or one category: hpdv2:FOLDER[:STYLE], drawbench:FILE[:CATEGORY],
+              partiprompts:FILE[:CATEGORY];
+            - a column of a dataset on the hub: hf:owner/name:split:column;
+            - module.function of your own, that returns a list, or module.name of a list;
+            - a list.
 
     Raises: PromptsError, with the file and line where there is one.
     """
-    if not isinstance(source, str):
-        prompts = list(source)
-    elif source.endswith((".txt", ".jsonl")):
-        prompts = _from_file(Path(source))
-    else:
-        prompts = _from_function(source)
+    prompts = _found(source) if isinstance(source, str) else list(source)
     wrong = next((prompt for prompt in prompts if not isinstance(prompt, str)), None)
     if wrong is not None:
         raise PromptsError(f"prompts {source!r}: every prompt must be a string, not {wrong!r}")
@@ -32,45 +43,32 @@ def load(source: str | Sequence[str]) -> list[str]:
     return prompts
 
 
-def _from_file(path: Path) -> list[str]:
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise PromptsError(f"prompts file {path} cannot be read: {error.strerror}") from error
-    # Line by line, so that a wrong byte is named with its line.
-    lines = []
-    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), start=1):
-        try:
-            lines.append((number, line.decode("utf-8").strip()))
-        except UnicodeDecodeError as error:
-            raise PromptsError(
-                f"{path}, line {number}: not UTF-8 (byte {error.object[error.start]:#04x} at column "
-                f"{error.start + 1}); save the file as UTF-8"
-            ) from error
-    if path.suffix == ".txt":
-        return [line for _, line in lines if line and not line.startswith("#")]
-    return [_from_json(path, number, line) for number, line in lines if line]
-
-
-def _from_json(path: Path, number: int, line: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PromptsError(f"{path}, line {number}: not JSON ({error.msg} at column {error.colno})") from error
-    if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        raise PromptsError(
-            f'{path}, line {number}: an object with a string under "prompt" is expected, not {line[:80]}'
-        )
-    return record["prompt"]
+def _found(source: str) -> list[str]:
+    path, _, column = source.rpartition(":")
+    if source in KNOWN:
+        return KNOWN[source]()
+    if source.startswith(hub.PREFIX):
+        return hub.load(source)
+    if source.partition(":")[0] in benchmarks.READERS and ":" in source:
+        return benchmarks.load(source)
+    if source.endswith(files.SUFFIXES):
+        return files.read(Path(source))
+    if path.endswith(files.SUFFIXES):
+        return files.read(Path(path), column)
+    return _from_function(source)
 
 
 def _from_function(dotted: str) -> list[str]:
     if "." not in dotted and ":" not in dotted:
-        raise PromptsError(f"prompts {dotted!r}: give a .txt or .jsonl file, module.function, or a list of prompts")
+        close = difflib.get_close_matches(dotted, KNOWN, n=1, cutoff=0.5)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        raise PromptsError(f"prompts {dotted!r}: {hint}{_GIVE}, or a known set: {', '.join(KNOWN)}")
     try:
         function = resolve(dotted)
     except DottedPathError as error:
-        raise PromptsError(f"prompts {dotted!r}: no .txt or .jsonl file, and {error}") from error
+        raise PromptsError(
+            f"prompts {dotted!r}: no file that ends in {', '.join(files.SUFFIXES)}, and {error}"
+        ) from error
     prompts = function() if callable(function) else function
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise PromptsError(f"prompts {dotted!r}: a list of strings is expected, not a {type(prompts).__name__}")

@@ -13,7 +13,6 @@ import torch
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 
-from rftcore import prompts as prompt_sources
 from rftcore.sampling import RewardError
 from rftcore.training import (
     assembly,
@@ -24,6 +23,7 @@ from rftcore.training import (
     outcome,
     parsing,
     report,
+    run_prompts,
     trackers,
     weights,
 )
@@ -90,8 +90,7 @@ class Trainer:
             torch.set_num_threads(config.cpu_threads)
         self.judges = assembly.load_judges(config, reward, held_out_reward)
         METHODS[config.algorithm].check_reward(self.judges[0])
-        prompts = prompt_sources.load(config.prompts)
-        validation_prompts = prompt_sources.load(config.eval.validation_prompts)
+        prompts, validation_prompts = run_prompts.train_and_validation(config)
         self.directory = RunDirectory(config.output_dir)
         self._resume_from = self._find_start()
         self.accelerator = assembly.start_accelerator(config)
