@@ -51,10 +51,21 @@ def test_half_precision_on_disk_comes_in_fp32(clip, tmp_path):
 
 
 def test_a_model_that_lacks_weights_is_refused(clip, tmp_path):
-    load(CLIPVisionModelWithProjection, clip[0]).save_pretrained(tmp_path)
-    with pytest.raises(RewardSpecError, match="no CLIPModel: it lacks the weights .*text_model"):
+    folder, model = clip
+    kept = {name: t.contiguous() for name, t in model.state_dict().items() if not name.startswith("text_")}
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(RewardSpecError, match="no CLIPModel: it lacks the weights text_.* and 3[0-9] more"):
         load(CLIPModel, tmp_path)
-    assert load(CLIPModel, tmp_path, unused=("text_model", "text_projection", "logit_scale"))
+    assert load(CLIPModel, tmp_path, unused=("text_model", "text_projection"))
+
+
+def test_a_model_of_other_shapes_is_refused(clip, tmp_path):
+    folder, _ = clip
+    (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text().replace("80", "88"))
+    with pytest.raises(RewardSpecError, match=r"mlp.fc1.bias has the shape \(80,\), not \(88,\)"):
+        load(CLIPModel, tmp_path)
 
 
 def test_a_model_of_nan_is_refused(clip, tmp_path):

@@ -52,7 +52,7 @@ def load(
     place = str(place)
     is_model = hasattr(kind, "from_config") or (isinstance(kind, type) and issubclass(kind, PreTrainedModel))
     if is_model:
-        settings = {"dtype": torch.float32, "output_loading_info": True, **settings}
+        settings = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True, **settings}
     elif "Tokenizer" in kind.__name__ or (isinstance(kind, type) and issubclass(kind, PreTrainedTokenizerBase)):
         file(reward, option, place, *_VOCABULARIES, revision=revision)
     try:
@@ -63,6 +63,14 @@ def load(
     if not is_model:
         return loaded
     model, info = loaded
+    if other := sorted(info["mismatched_keys"]):
+        key, found, wanted = other[0]
+        raise _error(
+            reward,
+            option,
+            place,
+            f"its weights are not those of its config.json: {key} has the shape {tuple(found)}, not {tuple(wanted)}",
+        )
     missing = [key for key in sorted(info["missing_keys"]) if not set(key.split(".")) & set(unused)]
     if missing:
         raise _error(reward, option, place, f"it is no {kind.__name__}: it lacks the weights {_some(missing)}")
@@ -139,7 +147,7 @@ def refuse(reward: str, option: str, place: str | Path, reason: str) -> RewardSp
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without transformers' table of the weights that are missing or left over: the missing ones are an error here."""
+    """Without transformers' table of the weights that do not fit: those that matter are an error here."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
