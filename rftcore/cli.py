@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentError, ArgumentParser
 
 from rftcore import __version__, plan_options, sample_options
+from rftcore.lora import options as lora_options
 from rftcore.prompts import PromptsError
 from rftcore.rewards import RewardSpecError
 from rftcore.training import recipes
@@ -80,6 +81,10 @@ def _parser() -> ArgumentParser:
     sample = _subparser(sample_options.SampleOptions.__doc__)
     sample_options.add_options(sample)
     commands.add_subcommand("sample", sample, help="sample images from prompts")
+
+    lora = _subparser("LoRA files: mix, scale, describe, convert and compare them.")
+    lora_options.add_options(lora, _subparser)
+    commands.add_subcommand("lora", lora, help="mix, scale, describe, convert or compare LoRA files")
     return parser
 
 
@@ -168,6 +173,12 @@ def _run(namespace) -> int:
         from rftcore.sample_command import sample
 
         print(f"written to {sample(options)}")
+    elif namespace.command == "lora":
+        _quieten_libraries()
+        from rftcore.lora.command import run
+
+        action = namespace.lora.action
+        print(run(action, namespace.lora[action].as_dict()))
     elif namespace.command == "check":
         config = _run_config(namespace.check)
         _quieten_libraries()

@@ -1,0 +1,166 @@
+"""LoRA files and folders: found, read whole or not at all, and written without losing what was there."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rftcore.lora import layouts
+from rftcore.lora.layers import COMPONENTS, Lora
+from rftcore.training.errors import UsageError
+from rftcore.training.weights import FILE, PEFT_FILE
+
+CONFIG_FILE = "adapter_config.json"
+
+
+class LoraFile(NamedTuple):
+    """A LoRA and how much of it is wanted."""
+
+    path: Path
+    scale: float
+
+
+def parse(argument: str, flag: str = "--lora") -> LoraFile:
+    """What `PATH` or `PATH:scale` stands for: a .safetensors file, or a folder as training or PEFT leaves it.
+
+    Raises: UsageError where there is none, or the scale is no number.
+    """
+    name, colon, scale = argument.rpartition(":")
+    path, factor = Path(argument), 1.0
+    if colon and not path.exists():
+        try:
+            path, factor = Path(name), float(scale)
+        except ValueError:
+            if Path(name).exists():
+                raise UsageError(f"{flag} {argument}: the scale {scale!r} is no number; write {name}:0.7") from None
+    if not math.isfinite(factor):
+        raise UsageError(f"{flag} {argument}: the scale must be a finite number")
+    if path.is_dir():
+        if not (path / FILE).is_file() and not _peft_folders(path):
+            raise UsageError(
+                f"{flag} {argument}: {path} holds no {FILE} and no {CONFIG_FILE}; give the .safetensors file itself"
+            )
+        path = path / FILE if (path / FILE).is_file() else path
+    elif not path.is_file():
+        raise UsageError(f"{flag} {argument}: there is no file or folder {path}")
+    elif path.suffix != ".safetensors":
+        raise UsageError(f"{flag} {argument}: {path.name} is no .safetensors file, the one kind that is read")
+    return LoraFile(path, factor)
+
+
+def read(path: Path) -> Lora:
+    """The LoRA of a file, or of a folder in PEFT's layout, which may have a subfolder for each part of a pipeline.
+
+    Raises: UsageError for a file that is none, is broken, or is of a kind that is not served.
+    """
+    if path.is_file():
+        config = None
+        if path.name == PEFT_FILE and (path.parent / CONFIG_FILE).is_file():
+            config = _read_config(path.parent / CONFIG_FILE)
+        return _of_file(path, config)
+    layers, configs, metadata = {}, {}, {}
+    for component, folder in _peft_folders(path).items():
+        file = folder / PEFT_FILE
+        if not file.is_file():
+            raise UsageError(f"{folder} holds {CONFIG_FILE} and no {PEFT_FILE}; save the adapter as safetensors")
+        part = _of_file(file, _read_config(folder / CONFIG_FILE), component)
+        layers |= part.layers
+        configs |= part.configs
+        metadata |= part.metadata
+    return Lora(layers, "peft", configs, metadata)
+
+
+def write(lora: Lora, path: Path, layout: str = "diffusers", force: bool = False) -> Path:
+    """Writes a LoRA in "diffusers", "peft" or "kohya" layout; returns the path. PEFT's is a folder.
+
+    Raises: UsageError where something is there and `force` is not given, or the layout does not know a layer.
+    """
+    check_free(path, layout, force)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as name:
+        temporary = Path(name)
+        if layout == "peft":
+            path.mkdir(exist_ok=True)
+            for component in lora.components:
+                # One component needs no subfolder, unless it is one that its keys do not tell.
+                inner = Path(component if len(lora.components) > 1 or component == "text_encoder_2" else ".")
+                _write_peft(lora, component, temporary / inner)
+                (path / inner).mkdir(exist_ok=True)
+                for file in (PEFT_FILE, CONFIG_FILE):
+                    os.replace(temporary / inner / file, path / inner / file)
+            return path
+        state, metadata = layouts.to_kohya(lora, path) if layout == "kohya" else layouts.to_diffusers(lora)
+        _save(state, temporary / path.name, metadata)
+        os.replace(temporary / path.name, path)
+    return path
+
+
+def check_free(path: Path, layout: str, force: bool) -> None:
+    """Raises UsageError where writing would replace something, or the name does not suit the layout."""
+    if layout == "peft":
+        if path.suffix == ".safetensors" or path.is_file():
+            raise UsageError(f"-o {path}: PEFT's layout is a folder; give one")
+        if path.is_dir() and any(path.iterdir()) and not force:
+            raise UsageError(f"-o {path} is not empty; give another folder, or --force to write into it")
+        return
+    if path.suffix != ".safetensors" or path.is_dir():
+        raise UsageError(f"-o {path}: the result is one file; give a name that ends in .safetensors")
+    if path.exists() and not force:
+        raise UsageError(f"-o {path} is there already; give another name, or --force to replace it")
+
+
+def _of_file(path: Path, config: Mapping[str, Any] | None, component: str | None = None) -> Lora:
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys, metadata = list(file.keys()), file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in keys}
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path} is no readable safetensors file: {error}") from error
+    lora = layouts.read(state, metadata, path, config, component)
+    if lora.layout == "peft" and config is None:
+        raise UsageError(
+            f"{path} is in PEFT's layout, whose alpha is in {CONFIG_FILE}, and there is none beside {PEFT_FILE}; give the "
+            "folder that save_pretrained wrote"
+        )
+    return lora
+
+
+def _peft_folders(path: Path) -> dict[str | None, Path]:
+    """Component -> folder with PEFT's config; None for one whose keys must tell what it is of."""
+    if (path / CONFIG_FILE).is_file():
+        return {None: path}
+    return {name: path / name for name in COMPONENTS if (path / name / CONFIG_FILE).is_file()}
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UsageError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise UsageError(f"{path} is no JSON object of settings")
+    return config
+
+
+def _write_peft(lora: Lora, component: str, folder: Path) -> None:
+    state, config = layouts.to_peft(lora, component)
+    folder.mkdir(parents=True, exist_ok=True)
+    _save(state, folder / PEFT_FILE, {**lora.metadata, "format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _save(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, path, metadata=metadata)
+    # As readable as any other file of the user: a temporary folder's content is not.
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
