@@ -221,7 +221,7 @@ def test_places_that_hold_no_pipeline(folders, tmp_path, monkeypatch):
         load(folders["sd"] / "unet")
     with pytest.raises(UsageError, match="holds no model_index.json.*wrote$"):
         load(tmp_path)
-    with pytest.raises(UsageError, match="it is one file.*from_single_file"):
+    with pytest.raises(UsageError, match="no checkpoint of a whole model: it is one UNet.*give the pipeline.s folder"):
         load(folders["sd"] / "unet" / "diffusion_pytorch_model.safetensors")
     broken = tmp_path / "broken"
     shutil.copytree(folders["sd"], broken)

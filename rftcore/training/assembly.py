@@ -134,14 +134,16 @@ def assemble(
         pipe = pipeline.load(config.model, DTYPES[config.mixed_precision], weights.master_dtype(config))
     else:
         pipe = given
-        pipeline.check(pipe)
+        pipeline.check_given(pipe)
     pipeline.check_sampling(pipe, config.sampling)
     if pipeline.unconditional(pipe):
         # Rewards are still given a text for each image.
         train_prompts = validation_prompts = [""]
     pipeline_class, vae, sample_size = type(pipe), pipeline.vae(pipe), pipeline.sample_size(pipe, config.sampling)
     prompts = [*train_prompts, *validation_prompts]
-    inputs = encode_prompts(pipe, prompts, config.sampling.negative_prompt, device, sample_size)
+    inputs = encode_prompts(
+        pipe, prompts, config.sampling.negative_prompt, device, sample_size, config.sampling.clip_skip
+    )
     weights.attach(pipe, config, config.seed)
     if config.memory.accelerate:
         for model in (pipe.unet, vae):

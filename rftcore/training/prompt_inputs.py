@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,11 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
+from rftcore.training.errors import UsageError
+
 _ENCODED_AT_ONCE = 32
+# Prompts that the warning of lost text shows.
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -69,16 +74,19 @@ def encode_prompts(
     negative_prompt: str,
     device: torch.device,
     sample_size: int | tuple[int, int] | None = None,
+    clip_skip: int | None = None,
 ) -> PromptInputs:
     """Encodes each distinct prompt once, then drops the pipeline's text encoders: training needs their memory.
 
     An empty negative prompt is what the pipeline's own call makes of none: SDXL's zeros, where its config says so, or
-    else the empty text.
+    else the empty text. Text beyond what the encoder reads is cut off, with one warning that shows it.
 
     Args:
         sample_size: of the latents, which SDXL is told in pixels.
+        clip_skip: layers left out at the text encoders' ends, as the pipeline's own call takes it.
 
     Raises:
+        UsageError: where clip_skip leaves no layer.
         ValueError: for SDXL without `sample_size`.
     """
     if not hasattr(pipe, "encode_prompt"):
@@ -86,15 +94,17 @@ def encode_prompts(
     is_xl = isinstance(pipe, StableDiffusionXLPipeline)
     if is_xl and sample_size is None:
         raise ValueError("sample_size=None with SDXL, which is told its images' size; give pipeline.sample_size(...)")
+    _check_clip_skip(pipe, clip_skip)
     encode = _encode_xl if is_xl else _encode
     positive, pooled = {}, {}
     distinct = [*dict.fromkeys([negative_prompt, *prompts])]
+    _warn_of_lost_text(pipe, distinct)
     encoders = [name for name in ("text_encoder", "text_encoder_2") if hasattr(pipe, name)]
     for name in encoders:
         getattr(pipe, name).to(device).eval()
     for start in range(0, len(distinct), _ENCODED_AT_ONCE):
         chunk = distinct[start : start + _ENCODED_AT_ONCE]
-        tensors, vectors = encode(pipe, chunk, device)
+        tensors, vectors = encode(pipe, chunk, device, clip_skip)
         for row, prompt in enumerate(chunk):
             # Copies: a row would keep its whole chunk.
             positive[prompt] = {name: tensor[row].cpu().clone() for name, tensor in tensors.items()}
@@ -113,14 +123,18 @@ def encode_prompts(
 
 
 def _encode(
-    pipe: StableDiffusionPipeline, prompts: list[str], device: torch.device
+    pipe: StableDiffusionPipeline, prompts: list[str], device: torch.device, clip_skip: int | None
 ) -> tuple[dict[str, Tensor], Tensor]:
     """The UNet's tensors, and the pooled vectors, which the pipeline does not give: seen as they are made."""
     outputs = []
     seen = pipe.text_encoder.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:
         embeddings, _ = pipe.encode_prompt(
-            prompt=prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+            prompt=prompts,
+            device=device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+            clip_skip=clip_skip,
         )
     finally:
         seen.remove()
@@ -128,9 +142,46 @@ def _encode(
 
 
 def _encode_xl(
-    pipe: StableDiffusionXLPipeline, prompts: list[str], device: torch.device
+    pipe: StableDiffusionXLPipeline, prompts: list[str], device: torch.device, clip_skip: int | None
 ) -> tuple[dict[str, Tensor], Tensor]:
     embeddings, _, pooled, _ = pipe.encode_prompt(
-        prompt=prompts, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        prompt=prompts,
+        device=device,
+        num_images_per_prompt=1,
+        do_classifier_free_guidance=False,
+        clip_skip=clip_skip,
     )
     return {"prompt_embeds": embeddings, "text_embeds": pooled}, pooled
+
+
+def _check_clip_skip(pipe: StableDiffusionPipeline | StableDiffusionXLPipeline, clip_skip: int | None) -> None:
+    if clip_skip is None:
+        return
+    # SDXL always takes the last layer but one.
+    own = 1 if isinstance(pipe, StableDiffusionXLPipeline) else 0
+    for name in ("text_encoder", "text_encoder_2"):
+        layers = getattr(getattr(getattr(pipe, name, None), "config", None), "num_hidden_layers", None)
+        if layers is not None and clip_skip >= layers - own:
+            raise UsageError(
+                f"sampling.clip_skip={clip_skip}, and {name} has {layers} layers{', the last unused anyway' * own}; at most "
+                f"{max(0, layers - own - 1)} can be left out (0: set it to null)"
+            )
+
+
+def _warn_of_lost_text(pipe: StableDiffusionPipeline | StableDiffusionXLPipeline, prompts: Sequence[str]) -> None:
+    tokenizer, lost = pipe.tokenizer, []
+    most = tokenizer.model_max_length
+    for prompt in prompts:
+        # One word of a textual inversion may stand for several tokens.
+        text = pipe.maybe_convert_prompt(prompt, tokenizer)
+        tokens = tokenizer(text, verbose=False).input_ids
+        if len(tokens) > most:
+            # The first and the last one mark the text's ends.
+            lost.append(f"{prompt[:40]!r} ends before {tokenizer.decode(tokens[most - 1 : -1])!r}")
+    if lost:
+        more = f", and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else ""
+        warnings.warn(
+            f"{len(lost)} prompt(s) are longer than the {most - 2} tokens that the text encoder reads, and the rest is cut "
+            f"off: {'; '.join(lost[:_SHOWN])}{more}",
+            stacklevel=3,
+        )

@@ -1,0 +1,34 @@
+"""Weights that are NaN or inf, found before a run begins with them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from rftcore.training.errors import UsageError
+
+
+@torch.no_grad()
+def check(model: nn.Module, name: str, source: str) -> None:
+    """Looks at every weight, not at some: a file that broke in its middle has sound ends.
+
+    A sum says it at the speed of memory: it is finite unless a weight is not, or it overflows, which is looked into.
+
+    Args:
+        name: of the model in its pipeline, such as "unet".
+        source: where its weights are from.
+
+    Raises: UsageError that names the first such weight.
+    """
+    for key, value in model.state_dict().items():
+        if not value.is_floating_point() or value.is_meta:
+            continue
+        if value.sum(dtype=torch.promote_types(value.dtype, torch.float32)).isfinite():
+            continue
+        broken = int((~value.isfinite()).sum())
+        if broken:
+            raise UsageError(
+                f"{source}: {broken} of the {value.numel()} values of {name}.{key} are NaN or inf in {value.dtype}; the "
+                "file is broken, or its values are beyond this precision: fetch it again, or set mixed_precision=bf16 "
+                "or no"
+            )
