@@ -1,4 +1,4 @@
-"""Tiny pipelines of Stable Diffusion's shapes, and LoRAs for them with a rank and an alpha of its own for each layer."""
+"""Tiny pipelines of Stable Diffusion's shapes, and LoRAs for them, with a rank and an alpha for each layer."""
 
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline

@@ -69,8 +69,8 @@ def _sums(name: str, first: Layer | None, second: Layer | None) -> tuple[float, 
     if first is not None and second is not None:
         if first.weight_shape != second.weight_shape:
             raise UsageError(
-                f"the two LoRAs are of other base models: {name} changes a weight of {first.weight_shape} in the first, "
-                f"and of {second.weight_shape} in the second"
+                f"the two LoRAs are of other base models: {name} changes a weight of {first.weight_shape} in the "
+                f"first, and of {second.weight_shape} in the second"
             )
         norm_1, norm_2 = algebra.norm((1.0, first)), algebra.norm((1.0, second))
         return norm_1**2, norm_2**2, algebra.norm((-1.0, first), (1.0, second)) ** 2, algebra.inner(first, second)

@@ -128,8 +128,8 @@ def _of_file(path: Path, config: Mapping[str, Any] | None, component: str | None
     lora = layouts.read(state, metadata, path, config, component)
     if lora.layout == "peft" and config is None:
         raise UsageError(
-            f"{path} is in PEFT's layout, whose alpha is in {CONFIG_FILE}, and there is none beside {PEFT_FILE}; give the "
-            "folder that save_pretrained wrote"
+            f"{path} is in PEFT's layout, whose alpha is in {CONFIG_FILE}, and there is none beside {PEFT_FILE}; give "
+            "the folder that save_pretrained wrote"
         )
     return lora
 

@@ -1,6 +1,6 @@
-"""kohya's names of LoRA layers, and diffusers': dots are underscores there, and SDXL's blocks have their original names.
+"""kohya's names of LoRA layers, and diffusers': dots are underscores there, and SDXL's blocks are Stability's own.
 
-Source: the names that kohya-ss sd-scripts (networks/lora.py) writes; SDXL's UNet is Stability's own there.
+Source: the names that kohya-ss sd-scripts (networks/lora.py) writes; for SDXL it trains Stability's UNet.
 """
 
 from __future__ import annotations

@@ -96,8 +96,8 @@ def ending(name: str) -> str:
 def base(lora: Lora) -> str | None:
     """The kind of model that a LoRA is of, "sd1", "sd2", "sdxl" or "pixels", as far as its layers tell; else None.
 
-    A cross-attention's inputs are the text's width. Where that is none of the published ones, the blocks tell SDXL, whose
-    first block has no attention, from the others.
+    A cross-attention's inputs are the text's width. Where that is none of the published ones, the blocks tell SDXL from
+    the others.
     """
     if "text_encoder_2" in lora.components:
         return "sdxl"

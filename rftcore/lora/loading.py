@@ -78,8 +78,8 @@ def _check_fits(component: str, model: nn.Module, layers: Mapping[str, Layer], p
                 )
         if layer.weight_shape != tuple(weight.shape):
             raise UsageError(
-                f"{path} is of another base model: {component}.{name} changes a weight of {layer.weight_shape}, and this "
-                f"{kind}'s is {tuple(weight.shape)}"
+                f"{path} is of another base model: {component}.{name} changes a weight of {layer.weight_shape}, and "
+                f"this {kind}'s is {tuple(weight.shape)}"
             )
 
 
