@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rftcore.rewards import Reward
 from rftcore.sampling import CheckpointedSampler, GradientPath, Trajectory, score
+from rftcore.sampling.denoiser import Denoiser
 from rftcore.training.accounting import Stopwatch
 from rftcore.training.batches import SamplePlan, Share
 from rftcore.training.config import RunConfig
@@ -85,7 +86,7 @@ class Engine:
     @property
     def branches(self) -> int:
         """UNet evaluations of a sample at one time: those of guidance."""
-        return 1 if self.config.sampling.guidance_scale == 1.0 else 2
+        return 2 if Denoiser(self.unet).guided(self.config.sampling.guidance_scale) else 1
 
     @property
     def device(self) -> torch.device:
