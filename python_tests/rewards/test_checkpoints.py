@@ -64,7 +64,7 @@ def test_a_model_of_other_shapes_is_refused(clip, tmp_path):
     folder, _ = clip
     (tmp_path / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     (tmp_path / "config.json").write_text((folder / "config.json").read_text().replace("80", "88"))
-    with pytest.raises(RewardSpecError, match=r"mlp.fc1.bias has the shape \(80,\), not \(88,\)"):
+    with pytest.raises(RewardSpecError, match="other shapes than its config.json says have .*mlp.fc1"):
         load(CLIPModel, tmp_path)
 
 

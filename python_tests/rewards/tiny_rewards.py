@@ -80,6 +80,13 @@ def clip_config(vocabulary, *, activation="quick_gelu", projection=24, eos=None)
     return CLIPConfig(text_config=text, vision_config=vision, projection_dim=projection)
 
 
+def smooth_filters(width, generator):
+    """(width, 3, 7, 7): planes, not noise."""
+    level, down, right = (torch.randn(width, 3, 1, 1, generator=generator) * 0.05 for _ in range(3))
+    ramp = torch.linspace(-1, 1, 7)
+    return level + down * ramp.view(7, 1) + right * ramp
+
+
 def save_clip(folder, **options):
     """A CLIP folder: model, tokenizer and processor; the model whose weights are all larger than at its start."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,6 +96,33 @@ def save_clip(folder, **options):
         for name, parameter in model.named_parameters():
             if parameter.ndim and name != "logit_scale":
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        # As trained filters, these see what is smooth rather than the rounding of single pixels to 8 bits.
+        model.vision_model.embeddings.patch_embedding.weight.copy_(smooth_filters(40, generator))
     model.save_pretrained(folder)
     pil_clip_processor(SIZE).save_pretrained(folder)
     return model
+
+
+def cosines(folder, images, prompts):
+    """cos (B,) of images, seen one by one as PIL's, and their prompts, by stock classes in fp64; exp(logit_scale)."""
+    model = CLIPModel.from_pretrained(folder, dtype=torch.float64).eval()
+    tokenizer, processor = CLIPTokenizer.from_pretrained(folder), pil_clip_processor(SIZE)
+    found = []
+    with torch.no_grad():
+        for image, prompt in zip(as_pil(images), prompts, strict=True):
+            pixels = processor(images=image, return_tensors="pt")["pixel_values"].double()
+            words = tokenizer(prompt, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
+            logits = model(**words, pixel_values=pixels).logits_per_image
+            found.append(logits[0, 0] / model.logit_scale.exp())
+    return torch.stack(found), model.logit_scale.exp().item()
+
+
+def pixel_gradient(reward, images, prompts):
+    """Of the sum of rewards."""
+    images = images.clone().requires_grad_()
+    return torch.autograd.grad(reward(images, prompts).sum(), images)[0]
+
+
+def assert_same(found, wanted):
+    """But for the order of sums, which depends on where weights lie in memory."""
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))

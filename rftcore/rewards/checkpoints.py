@@ -63,14 +63,10 @@ def load(
     if not is_model:
         return loaded
     model, info = loaded
-    if other := sorted(info["mismatched_keys"]):
-        key, found, wanted = other[0]
-        raise _error(
-            reward,
-            option,
-            place,
-            f"its weights are not those of its config.json: {key} has the shape {tuple(found)}, not {tuple(wanted)}",
-        )
+    # Names alone in transformers 4, and with both shapes in 5.
+    other = sorted(key if isinstance(key, str) else key[0] for key in info["mismatched_keys"])
+    if other:
+        raise _error(reward, option, place, f"other shapes than its config.json says have {_some(other)}")
     missing = [key for key in sorted(info["missing_keys"]) if not set(key.split(".")) & set(unused)]
     if missing:
         raise _error(reward, option, place, f"it is no {kind.__name__}: it lacks the weights {_some(missing)}")

@@ -17,12 +17,15 @@ MODES = ("bicubic", "bilinear")
 _HALF_A_GREY_LEVEL = 0.5 / 255
 
 
-def resize(images: Tensor, height: int, width: int, *, mode: str = "bicubic") -> Tensor:
+def resize(images: Tensor, height: int, width: int, *, mode: str = "bicubic", clamp: bool = True) -> Tensor:
     """Images (B, C, H, W) in [0, 1] as (B, C, height, width), as PIL's `resize` gives them but for its rounding.
 
-    PIL resizes the width, then the height, each with antialiasing, and keeps both in [0, 255]. (Pillow 13 begins with the
-    height where that shrinks much more than the width; near hard edges this is another image.) The gradient is that of
-    this, except that what lies outside by less than half a grey level, as a white image's rounding does, passes it.
+    PIL resizes the width, then the height, each with antialiasing, and keeps both in [0, 255]. (Pillow 13 may begin
+    with the height where the two are scaled differently; near hard edges that is another image.) The gradient is that
+    of this, except that what lies outside by less than half a grey level, as a white image's rounding does, passes it.
+
+    Args:
+        clamp: False leaves values outside [0, 1], as torchvision does for tensors.
 
     Returns: fp32, or fp64 for fp64.
 
@@ -35,7 +38,8 @@ def resize(images: Tensor, height: int, width: int, *, mode: str = "bicubic") ->
     images = _widened(images)
     for size in ((images.shape[-2], width), (height, width)):
         if tuple(images.shape[-2:]) != size:
-            images = _clamped(F.interpolate(images, size=size, mode=mode, align_corners=False, antialias=True))
+            images = F.interpolate(images, size=size, mode=mode, align_corners=False, antialias=True)
+            images = _clamped(images) if clamp else images
     return images
 
 
@@ -45,6 +49,20 @@ def resize_shortest(images: Tensor, side: int, *, mode: str = "bicubic") -> Tens
     if height <= width:
         return resize(images, side, int(side * width / height), mode=mode)
     return resize(images, int(side * height / width), side, mode=mode)
+
+
+def letterbox(images: Tensor, size: int) -> Tensor:
+    """The whole of images in squares (B, C, size, size): the longer side resized, unclamped, the rest black.
+
+    Source: open_clip's ResizeMaxSize, of tensors.
+    """
+    height, width = images.shape[-2:]
+    scale = size / max(height, width)
+    # Halves to the even number, as Python rounds.
+    height, width = max(1, round(height * scale)), max(1, round(width * scale))
+    left, top = (size - width) // 2, (size - height) // 2
+    resized = resize(images, height, width, clamp=False)
+    return F.pad(resized, (left, size - width - left, top, size - height - top))
 
 
 def centre_crop(images: Tensor, height: int, width: int) -> Tensor:
