@@ -87,6 +87,7 @@ def save_vlm(folder):
         pad_token="<pad>",
         unk_token="<unk>",
         additional_special_tokens=["<image>"],
+        model_input_names=["input_ids", "attention_mask"],
     )
     side = {"height": 16, "width": 16}
     processor = LlavaProcessor(
@@ -106,5 +107,8 @@ def save_vlm(folder):
         ),
         image_token_index=4,
     )
-    spread(LlavaForConditionalGeneration(config), 0.6).save_pretrained(folder)
+    model = spread(LlavaForConditionalGeneration(config), 0.6)
+    # Four image tokens among the question's ten would hardly be heard.
+    spread(model.get_submodule("model.multi_modal_projector"), 3.0)
+    model.save_pretrained(folder)
     return str(folder)
