@@ -8,10 +8,14 @@ import tiny
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
     DiffusionPipeline,
+    EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    LCMScheduler,
+    StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
@@ -111,6 +115,45 @@ GUIDANCE = {"sd": 2.0, "sdxl": 2.0, "pixels": 1.0}
 
 def save(kind: str, folder: Path) -> DiffusionPipeline:
     """Writes the pipeline of that kind into the folder, and returns it."""
-    pipeline = BUILDERS[kind](folder)
+    pipeline = (BUILDERS | VARIANT_BUILDERS)[kind](folder)
     pipeline.save_pretrained(folder)
     return pipeline
+
+
+def _build_sd2(folder: Path) -> StableDiffusionPipeline:
+    """SD 2's linear projections, a head size for each level, and v-prediction."""
+    pipe = tiny.build_pipeline(folder)
+    torch.manual_seed(1)
+    pipe.unet = UNet2DConditionModel.from_config(
+        pipe.unet.config, use_linear_projection=True, attention_head_dim=(2, 4)
+    )
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, prediction_type="v_prediction")
+    return pipe
+
+
+def _build_turbo(folder: Path) -> StableDiffusionXLPipeline:
+    """SDXL-Turbo: SDXL with the scheduler of its config."""
+    pipe = build_xl(folder)
+    pipe.scheduler = EulerAncestralDiscreteScheduler.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+    return pipe
+
+
+def _build_lcm(folder: Path) -> StableDiffusionPipeline:
+    """Distilled from a guided model: its UNet is told the guidance scale, at a width of 6."""
+    pipe = tiny.build_pipeline(folder)
+    torch.manual_seed(1)
+    pipe.unet = UNet2DConditionModel.from_config(pipe.unet.config, time_cond_proj_dim=6)
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    return pipe
+
+
+# Those that differ from the kinds above in their settings alone, and what they are sampled with.
+VARIANT_BUILDERS = {"sd2": _build_sd2, "turbo": _build_turbo, "lcm": _build_lcm}
+SAMPLING = {
+    "sd": {"guidance_scale": 2.0},
+    "sd2": {"guidance_scale": 2.0},
+    "sdxl": {"guidance_scale": 2.0},
+    "turbo": {"guidance_scale": 1.0, "scheduler": "euler_ancestral"},
+    "lcm": {"guidance_scale": 8.0, "scheduler": "lcm"},
+    "pixels": {"guidance_scale": 1.0},
+}

@@ -76,6 +76,9 @@ def load(path: Path, config: ModelConfig, dtype: torch.dtype, vae: AutoencoderKL
             **(no_checker if kind.pipeline is StableDiffusionPipeline else {}),
         )
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+        # What diffusers says of a UNet or VAE whose weights are not all there.
+        if "meta tensor" in str(error):
+            raise UsageError(_lacking("weights", path, configs)) from error
         raise UsageError(f"{path} is {kind.name} and does not load with the configs of {configs}: {error}") from error
     _check_whole(pipe, path, configs)
     _check_prediction(pipe, shapes, path, configs)
@@ -177,10 +180,14 @@ def _check_whole(pipe: DiffusionPipeline, path: Path, configs: str) -> None:
     for name, model in pipe.components.items():
         missing = [key for key, value in model.state_dict().items() if value.is_meta] if _is_model(model) else []
         if missing:
-            raise UsageError(
-                f"{path} lacks {len(missing)} weights that the configs of {configs} ask for, {name}.{missing[0]} first: "
-                "the file is broken, or model.original_config is of another model"
-            )
+            raise UsageError(_lacking(f"{len(missing)} weights of its {name}, {missing[0]} first,", path, configs))
+
+
+def _lacking(what: str, path: Path, configs: str) -> str:
+    return (
+        f"{path} lacks {what} that the configs of {configs} ask for: the file is broken, or model.original_config is of "
+        "another model"
+    )
 
 
 def _is_model(component: object) -> bool:
