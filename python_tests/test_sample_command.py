@@ -20,8 +20,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from rftcore import digits, lora_files, sample_command
+from rftcore import digits, sample_command
 from rftcore.digits.vocabulary import write_tokenizer
+from rftcore.lora import files, loading
 from rftcore.sample_options import SCHEDULERS, SampleOptions
 from rftcore.training import weights as training_weights
 from rftcore.training.algorithm_configs import DraftConfig
@@ -156,7 +157,7 @@ def test_what_is_written(tmp_path):
 
 def test_adapters_keep_their_precision_in_a_low_precision_unet(loras):
     pipe = stock(torch_dtype=torch.bfloat16)
-    lora_files.load(pipe, [lora_files.parse(str(loras[0]))])
+    loading.load(pipe, [files.parse(str(loras[0]))])
     weights = load_file(loras[0] / training_weights.FILE)
     parameters = dict(pipe.unet.named_parameters())
     assert weights
@@ -211,8 +212,8 @@ def test_loras_that_do_not_fit(edit, message, loras, tmp_path):
 
 def test_lora_arguments(loras, tmp_path):
     file = loras[0] / training_weights.FILE
-    assert lora_files.parse(f"{loras[0]}:-0.5") == (file, -0.5)
-    assert lora_files.parse(str(file)) == (file, 1.0)
+    assert files.parse(f"{loras[0]}:-0.5") == (file, -0.5)
+    assert files.parse(str(file)) == (file, 1.0)
     (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
     (tmp_path / "weights.bin").touch()
     for argument, message in {
@@ -223,9 +224,9 @@ def test_lora_arguments(loras, tmp_path):
         str(tmp_path / "weights.bin"): "is no .safetensors file",
     }.items():
         with pytest.raises(UsageError, match=message):
-            lora_files.parse(argument)
+            files.parse(argument)
     with pytest.raises(UsageError, match="no readable safetensors file"):
-        lora_files.load(stock(), [lora_files.parse(str(tmp_path / "broken.safetensors"))])
+        loading.load(stock(), [files.parse(str(tmp_path / "broken.safetensors"))])
 
 
 @pytest.mark.parametrize(
@@ -339,7 +340,7 @@ def test_sdxl(negative_prompt, tmp_path):
 def test_an_sdxl_lora_on_a_small_model_names_the_first_key(loras, tmp_path):
     pipe = sdxl_pipeline(tmp_path)
     with pytest.raises(UsageError, match=r"another base model: \S+lora_A.weight is \(3, 48"):
-        lora_files.load(pipe, [lora_files.parse(str(loras[0]))])
+        loading.load(pipe, [files.parse(str(loras[0]))])
 
 
 def rftcore(*arguments):

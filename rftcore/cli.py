@@ -83,8 +83,8 @@ def _parser() -> ArgumentParser:
     commands.add_subcommand("sample", sample, help="sample images from prompts")
 
     lora = _subparser("LoRA files: mix, scale, describe, convert and compare them.")
-    lora_options.add_options(lora, _subparser)
     commands.add_subcommand("lora", lora, help="mix, scale, describe, convert or compare LoRA files")
+    lora_options.add_options(lora, _subparser)
     return parser
 
 

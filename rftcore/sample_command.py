@@ -2,117 +2,200 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-import textwrap
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from PIL import Image, ImageDraw
+from diffusers import DiffusionPipeline
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 import rftcore
-from rftcore import digits, lora_files
 from rftcore import prompts as prompt_sources
-from rftcore.sample_options import SCHEDULERS, SampleOptions
+from rftcore.lora import files, loading
+from rftcore.sample_options import INTERPOLATION, SCHEDULERS, SampleOptions
 from rftcore.sampling import CheckpointedSampler, decode
-from rftcore.training import environment
+from rftcore.training import environment, pipeline
 from rftcore.training.batches import derived_seed
+from rftcore.training.config import ModelConfig, SamplingConfig
 from rftcore.training.errors import RunError, UsageError
+from rftcore.training.evaluation import grids
+from rftcore.training.prompt_inputs import PromptInputs
 
 METADATA, GRID = "metadata.json", "grid.png"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_GRID_ROWS, _GRID_COLUMNS, _CAPTION_WIDTH = 16, 8, 160
-# Sides of the grid's images, in pixels.
-_SMALLEST, _GRID_SIDE = 96, 256
+_GRID_ROWS, _GRID_COLUMNS = 16, 8
+_GUIDANCE = 7.5
+# Of a config's key in a message, this command's flag.
+_KEY = re.compile(r"\b(?:model|sampling)\.(\w+)(=?)")
+
+
+class _Column(NamedTuple):
+    """What is sampled with one setting of the LoRAs: its title in the grid, and each LoRA's scale."""
+
+    title: str
+    scales: list[float]
 
 
 class _Item(NamedTuple):
-    """One image to sample: image `image` of prompt `prompt`, both from 0."""
+    """One image to sample: image `image` of prompt `prompt` in column `column`, all from 0."""
 
     prompt: int
     image: int
+    column: int
     text: str
     seed: int
-
-    @property
-    def file(self) -> str:
-        return f"{self.prompt:05d}-{self.image:03d}.png"
+    file: str
 
 
 def sample(options: SampleOptions) -> Path:
     """Samples every prompt's images into `options.output_dir`; returns that folder.
 
-    It gets a PNG for each image, grid.png with the first of them, and metadata.json with each image's file, prompt and
-    the seed of the CPU generator that its noise is drawn from, and all settings. An image does not depend on the batch
-    that it is sampled in, but for the rounding of matrix products of another size.
+    It gets a PNG for each image, grid.png with the first of them, and metadata.json with each image's file, prompt, the
+    LoRAs' scales and the seed of the CPU generator that its noise is drawn from, and all settings. An image does not
+    depend on the batch that it is sampled in, but for the rounding of matrix products of another size. Its noise is the
+    same whatever the LoRAs' scales.
 
     Raises:
         UsageError, rftcore.prompts.PromptsError: when the request cannot work. Nothing has been written by then.
         RunError: when the device's memory does not suffice.
     """
     options.validate()
-    prompts = prompt_sources.load(options.prompt if options.prompts is None else options.prompts)
     folder = Path(options.output_dir)
     _check_free(folder)
-    loras = [lora_files.parse(argument) for argument in options.lora or ()]
+    loras = [files.parse(argument) for argument in options.lora or ()]
+    columns = _columns(options, [lora.scale for lora in loras])
+    given = options.prompt if options.prompts is None else options.prompts
+    prompts = None if given is None else prompt_sources.load(given)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipe = _load(options).to(device)
-    lora_files.load(pipe, loras)
-    sampler, size = _sampler(pipe, options), _sample_size(pipe, options)
-    encoded = _Encoded.of(pipe, prompts, options.negative_prompt)
+    if prompts is None and not pipeline.unconditional(pipe):
+        raise UsageError('there are no prompts; give --prompt "a text" or --prompts file.txt')
+    if prompts is not None and pipeline.unconditional(pipe):
+        raise UsageError(f"the {type(pipe).__name__} takes no prompt; leave --prompt and --prompts out")
+    config = _sampling(pipe, options)
+    with _told_as_flags():
+        pipeline.check_sampling(pipe, config)
+        size = pipeline.sample_size(pipe, config)
+    changed = loading.load(pipe, loras)
+    sampler = _sampler(pipe, options, config)
+    prompts = prompts or [""]
+    with _told_as_flags():
+        encoded = _encode(pipe, prompts, config, size, columns if set(changed) - {"unet"} else columns[:1])
     rftcore.accelerate(pipe.unet)
-    rftcore.accelerate(pipe.vae)
-    items = [
-        _Item(p, i, text, derived_seed(options.seed, "sample", p, i))
-        for p, text in enumerate(prompts)
-        for i in range(options.images_per_prompt)
-    ]
+    if pipeline.vae(pipe) is not None:
+        rftcore.accelerate(pipe.vae)
+    items = _items(prompts, options, columns)
     folder.mkdir(parents=True, exist_ok=True)
-    thumbnails: dict[tuple[int, int], Image.Image] = {}
+    shown: dict[tuple[int, int], Image.Image] = {}
     try:
-        for item, image in _images(pipe, sampler, encoded, size, items, options):
-            image.save(folder / item.file)
-            if item.prompt < _GRID_ROWS and item.image < _GRID_COLUMNS:
-                thumbnails[item.prompt, item.image] = image
+        with tqdm(total=len(items), unit="image", disable=None) as bar:
+            for number, column in enumerate(columns):
+                loading.set_scales(pipe, column.scales)
+                inputs = encoded[number if len(encoded) > 1 else 0]
+                for item, image in _images(pipe, sampler, inputs, size, items[number :: len(columns)], options):
+                    image.save(folder / item.file)
+                    if (place := _place(item, options, columns)) is not None:
+                        shown[place] = image
+                    bar.update()
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"{device} ran out of memory with --batch_size {options.batch_size}; lower it, or --resolution, or give "
             f"--dtype bf16 ({error})"
         ) from error
-    _grid(thumbnails, prompts).save(folder / GRID)
+    captions = prompts if not options.columns else [text for text in prompts for _ in range(options.images_per_prompt)]
+    grids.table(captions, shown, [column.title for column in columns] if options.columns else ()).save(folder / GRID)
     record = {
         "settings": _settings(options, sampler),
         "environment": environment.describe(processes=1),
-        "images": [_described(item) for item in items],
+        "images": [_described(item, columns) for item in items],
     }
     (folder / METADATA).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return folder
+
+
+def _columns(options: SampleOptions, scales: list[float]) -> list[_Column]:
+    """One with the scales as they are, or one for each of --lora_scales."""
+    if options.interpolate:
+        first, second = scales
+        return [
+            _Column(f"{share:g}", [(1 - share) * first, share * second])
+            for share in options.lora_scales or INTERPOLATION
+        ]
+    if options.lora_scales is None:
+        return [_Column("", scales)]
+    return [_Column(f"LoRA x {factor:g}", [factor * scale for scale in scales]) for factor in options.lora_scales]
+
+
+def _items(prompts: Sequence[str], options: SampleOptions, columns: Sequence[_Column]) -> list[_Item]:
+    """Every image, the columns of one noise together."""
+    items = []
+    for p, text in enumerate(prompts):
+        for i in range(options.images_per_prompt):
+            seed = derived_seed(options.seed, "sample", p, i)
+            for c in range(len(columns)):
+                ending = f"-{c:02d}" if options.columns else ""
+                items.append(_Item(p, i, c, text, seed, f"{p:05d}-{i:03d}{ending}.png"))
+    return items
+
+
+def _place(item: _Item, options: SampleOptions, columns: Sequence[_Column]) -> tuple[int, int] | None:
+    """Column and row in the grid; None for an image that is not shown.
+
+    With columns of scales a row is one noise of one prompt, and all columns are shown; else a row is a prompt.
+    """
+    if options.columns:
+        row = item.prompt * options.images_per_prompt + item.image
+        return (item.column, row) if row < _GRID_ROWS else None
+    return (item.image, item.prompt) if item.prompt < _GRID_ROWS and item.image < _GRID_COLUMNS else None
 
 
 @torch.no_grad()
 def _images(
     pipe: DiffusionPipeline,
     sampler: CheckpointedSampler,
-    encoded: _Encoded,
-    size: tuple[int, int],
+    inputs: PromptInputs,
+    size: int | tuple[int, int],
     items: Sequence[_Item],
     options: SampleOptions,
 ) -> Iterator[tuple[_Item, Image.Image]]:
-    with tqdm(total=len(items), unit="image", disable=None) as bar:
-        for start in range(0, len(items), options.batch_size):
-            batch = items[start : start + options.batch_size]
-            noise = [torch.Generator().manual_seed(item.seed) for item in batch]
-            arguments = encoded.arguments([item.text for item in batch], size, pipe.vae_scale_factor, pipe.unet.device)
-            latents = sampler(**arguments, sample_size=size, generator=noise, merged=options.merge_lora).latents
-            for item, latent in zip(batch, latents.split(1), strict=True):
-                yield item, _to_image(decode(pipe.vae, latent)[0])
-            bar.update(len(batch))
+    for start in range(0, len(items), options.batch_size):
+        batch = items[start : start + options.batch_size]
+        noise = [torch.Generator().manual_seed(item.seed) for item in batch]
+        arguments = inputs.batch([item.text for item in batch]) or {"batch_size": len(batch)}
+        latents = sampler(**arguments, sample_size=size, generator=noise, merged=options.merge_lora).latents
+        for item, latent in zip(batch, latents.split(1), strict=True):
+            yield item, _to_image(decode(pipeline.vae(pipe), latent)[0])
+
+
+def _encode(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[str],
+    config: SamplingConfig,
+    size: int | tuple[int, int],
+    columns: Sequence[_Column],
+) -> list[PromptInputs]:
+    """The prompts for each column: the scales of a text encoder's LoRA change them."""
+    encoders = {name: getattr(pipe, name) for name in ("text_encoder", "text_encoder_2") if hasattr(pipe, name)}
+    encoded = []
+    for column in columns:
+        # Encoding drops them.
+        for name, encoder in encoders.items():
+            setattr(pipe, name, encoder)
+        loading.set_scales(pipe, column.scales)
+        encoded.append(
+            pipeline.encode_prompts(
+                pipe, prompts, config.negative_prompt, pipe.unet.device, size, clip_skip=config.clip_skip
+            )
+        )
+    return encoded
 
 
 def _check_free(folder: Path) -> None:
@@ -123,27 +206,44 @@ def _check_free(folder: Path) -> None:
 
 
 def _load(options: SampleOptions) -> DiffusionPipeline:
-    try:
-        pipe = DiffusionPipeline.from_pretrained(
-            digits.path() if options.model == "rftcore.digits" else options.model,
-            revision=options.revision,
-            variant=options.variant,
-            torch_dtype=_DTYPES[options.dtype],
-            safety_checker=None,
-            requires_safety_checker=False,
-        )
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--model {options.model} does not load as a diffusers pipeline: {error}") from error
-    if not isinstance(pipe, StableDiffusionPipeline | StableDiffusionXLPipeline):
-        raise UsageError(
-            f"--model {options.model} is a {type(pipe).__name__}; StableDiffusionPipeline and "
-            "StableDiffusionXLPipeline are served"
-        )
+    config = ModelConfig(
+        pretrained_model_name_or_path=options.model,
+        revision=options.revision,
+        variant=options.variant,
+        original_config=options.original_config,
+        vae=options.vae,
+    )
+    with _told_as_flags():
+        pipe = pipeline.load(config, _DTYPES[options.dtype])
     pipe.unet.requires_grad_(False).eval()
     return pipe
 
 
-def _sampler(pipe: DiffusionPipeline, options: SampleOptions) -> CheckpointedSampler:
+@contextlib.contextmanager
+def _told_as_flags() -> Iterator[None]:
+    """Messages about a run's config are told in the words of this command: model.vae is --vae."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(_KEY.sub(_flag, str(error))) from error
+
+
+def _flag(match: re.Match[str]) -> str:
+    name = "model" if match[1] == "pretrained_model_name_or_path" else match[1]
+    return f"--{name}{' ' if match[2] else ''}"
+
+
+def _sampling(pipe: DiffusionPipeline, options: SampleOptions) -> SamplingConfig:
+    own = 1.0 if pipeline.unconditional(pipe) else _GUIDANCE
+    return SamplingConfig(
+        guidance_scale=own if options.guidance_scale is None else options.guidance_scale,
+        negative_prompt=options.negative_prompt or "",
+        resolution=options.resolution,
+        clip_skip=options.clip_skip,
+    )
+
+
+def _sampler(pipe: DiffusionPipeline, options: SampleOptions, config: SamplingConfig) -> CheckpointedSampler:
     scheduler = pipe.scheduler
     if options.scheduler is not None:
         name, extra = SCHEDULERS[options.scheduler]
@@ -153,7 +253,7 @@ def _sampler(pipe: DiffusionPipeline, options: SampleOptions) -> CheckpointedSam
             pipe.unet,
             scheduler,
             num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
+            guidance_scale=config.guidance_scale,
             eta=options.eta,
             backprop_steps=0,
         )
@@ -165,101 +265,19 @@ def _sampler(pipe: DiffusionPipeline, options: SampleOptions) -> CheckpointedSam
         ) from error
 
 
-def _sample_size(pipe: DiffusionPipeline, options: SampleOptions) -> tuple[int, int]:
-    """Height and width of the latents."""
-    if options.resolution is None:
-        size = pipe.unet.config.sample_size
-        return (size, size) if isinstance(size, int) else tuple(size)
-    factor = pipe.vae_scale_factor
-    if options.resolution % factor:
-        nearest = max(1, round(options.resolution / factor)) * factor
-        raise UsageError(
-            f"--resolution {options.resolution} must be a multiple of {factor}, the VAE's scale; the nearest is {nearest}"
-        )
-    return (options.resolution // factor,) * 2
-
-
-@dataclasses.dataclass(frozen=True)
-class _Encoded:
-    """Prompts as the UNet takes them, on the CPU: of a prompt, its tensors by name, each without a batch dimension."""
-
-    positive: dict[str, dict[str, Tensor]]
-    negative: dict[str, Tensor]
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, pipe: DiffusionPipeline, prompts: Sequence[str], negative_prompt: str | None) -> _Encoded:
-        """Encodes each distinct prompt once, then drops the text encoders: sampling needs their memory."""
-        empty, device = negative_prompt or "", pipe.unet.device
-        distinct, encoded = [*dict.fromkeys([empty, *prompts])], {}
-        for start in range(0, len(distinct), 32):
-            chunk = distinct[start : start + 32]
-            output = pipe.encode_prompt(
-                prompt=chunk, device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-            )
-            # SDXL: embeddings, negative ones, pooled ones, negative pooled ones.
-            named = {"prompt_embeds": output[0]} | ({"text_embeds": output[2]} if len(output) == 4 else {})
-            for row, text in enumerate(chunk):
-                encoded[text] = {name: tensor[row].cpu() for name, tensor in named.items()}
-        negative = encoded[empty]
-        # As SDXL was trained: no prompt is zeros there, not the embedding of an empty text.
-        if negative_prompt is None and getattr(pipe.config, "force_zeros_for_empty_prompt", False):
-            negative = {name: torch.zeros_like(tensor) for name, tensor in negative.items()}
-        for name in ("text_encoder", "text_encoder_2"):
-            if hasattr(pipe, name):
-                setattr(pipe, name, None)
-        return cls(encoded, negative)
-
-    def arguments(
-        self, prompts: Sequence[str], size: tuple[int, int], scale: int, device: torch.device
-    ) -> dict[str, Any]:
-        """What the sampler is called with for a batch; `size` of the latents times `scale` is the image's."""
-        positive = {
-            name: torch.stack([self.positive[prompt][name] for prompt in prompts]).to(device) for name in self.negative
-        }
-        negative = {name: tensor.to(device).expand_as(positive[name]) for name, tensor in self.negative.items()}
-        given: dict[str, Any] = {
-            "prompt_embeds": positive.pop("prompt_embeds"),
-            "negative_prompt_embeds": negative.pop("prompt_embeds"),
-        }
-        if positive:
-            height, width = (side * scale for side in size)
-            # Original size, crop's corner, target size.
-            ids = torch.tensor([[height, width, 0, 0, height, width]], device=device).expand(len(prompts), -1)
-            given["added_cond_kwargs"] = {**positive, "time_ids": ids.to(given["prompt_embeds"].dtype)}
-            given["negative_added_cond_kwargs"] = negative
-        return given
-
-
 def _to_image(image: Tensor) -> Image.Image:
     pixels = (image.float().clamp(0, 1) * 255).round().to(torch.uint8)  # (3, H, W)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
 
 
-def _grid(images: dict[tuple[int, int], Image.Image], prompts: Sequence[str]) -> Image.Image:
-    """The images of the first prompts, a row a prompt, captioned."""
-    width, height = next(iter(images.values())).size
-    factor = min(_GRID_SIDE, max(_SMALLEST, width, height)) / max(width, height)
-    width, height = round(width * factor), round(height * factor)
-    rows, columns = (1 + max(place[axis] for place in images) for axis in (0, 1))
-    grid = Image.new("RGB", (_CAPTION_WIDTH + columns * width, rows * height), "white")
-    draw = ImageDraw.Draw(grid)
-    for row in range(rows):
-        draw.multiline_text((6, row * height + 6), textwrap.fill(prompts[row], 24), fill="black")
-    # Pixels of tiny images stay squares.
-    kind = Image.Resampling.LANCZOS if factor < 1 else Image.Resampling.NEAREST
-    for (row, column), image in images.items():
-        grid.paste(image.resize((width, height), kind), (_CAPTION_WIDTH + column * width, row * height))
-    return grid
-
-
-def _described(item: _Item) -> dict[str, Any]:
+def _described(item: _Item, columns: Sequence[_Column]) -> dict[str, Any]:
     return {
         "file": item.file,
         "prompt": item.text,
         "prompt_index": item.prompt,
         "image_index": item.image,
         "noise_seed": item.seed,
+        "lora_scales": columns[item.column].scales,
     }
 
 

@@ -40,18 +40,24 @@ def load(pipe: DiffusionPipeline, loras: Sequence[LoraFile]) -> list[str]:
         for component in lora.components:
             model = getattr(pipe, component)
             _add(model, name, _named_as(model, lora.of(component)))
+    for component, names in found.items():
+        for module in getattr(pipe, component).modules():
+            if isinstance(module, BaseTunerLayer):
+                module.set_adapter([name for name in names if name in module.scaling])
+                for key, parameter in module.named_parameters():
+                    # Active ones are made trainable by PEFT.
+                    parameter.requires_grad_(parameter.requires_grad and "lora_" not in key)
     set_scales(pipe, [lora.scale for lora in loras])
     return [component for component in COMPONENTS if component in found]
 
 
 def set_scales(pipe: DiffusionPipeline, scales: Sequence[float]) -> None:
-    """Makes every LoRA that `load` added active, each with its scale, in the models that the pipeline still has."""
+    """Gives every LoRA that `load` added its scale, in the models that the pipeline still has."""
     names = [f"lora_{number}" for number in range(len(scales))]
     for component in COMPONENTS:
         model = getattr(pipe, component, None)
         for module in () if model is None else model.modules():
             if isinstance(module, BaseTunerLayer):
-                module.set_adapter([name for name in names if name in module.scaling], inference_mode=True)
                 for name, scale in zip(names, scales, strict=True):
                     module.set_scale(name, scale)
 
@@ -106,4 +112,3 @@ def _add(model: nn.Module, adapter: str, layers: Mapping[str, Layer]) -> None:
             # Adapters are trained in fp32: a low-precision model's dtype would round them.
             wide = torch.promote_types(parameter.dtype, value.dtype)
             parameter.data = value.to(parameter.device, wide)
-            parameter.requires_grad_(False)

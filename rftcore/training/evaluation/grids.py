@@ -1,4 +1,4 @@
-"""Validation images side by side, to look at: a row for each prompt, the same noise in the same place."""
+"""Images side by side, to look at: a row for each prompt, the same noise in the same place."""
 
 from __future__ import annotations
 
@@ -29,17 +29,26 @@ def columns(images_per_prompt: int) -> int:
 
 def prompt_grid(prompts: Sequence[str], images: Mapping[int, Image.Image]) -> Image.Image:
     """The images by their index, beside their prompts. All are of one size."""
+    return table(prompts, {place(index, len(prompts)): image for index, image in images.items()})
+
+
+def table(
+    captions: Sequence[str], images: Mapping[tuple[int, int], Image.Image], titles: Sequence[str] = ()
+) -> Image.Image:
+    """The images by their column and row, beside a caption for each row and under a title for each column, if any."""
     cell = _cell(next(iter(images.values())).size)
-    places = {index: place(index, len(prompts)) for index in images}
-    width, height = (1 + max(at[axis] for at in places.values()) for axis in (0, 1))
-    grid = Image.new("RGB", (_CAPTION_WIDTH + width * cell[0], height * cell[1]), "white")
+    width, height = (1 + max(at[axis] for at in images) for axis in (0, 1))
+    top = _TITLE if titles else 0
+    grid = Image.new("RGB", (_CAPTION_WIDTH + width * cell[0], top + height * cell[1]), "white")
     draw = ImageDraw.Draw(grid)
+    for column, title in enumerate(titles):
+        draw.text((_CAPTION_WIDTH + column * cell[0] + 6, 6), title, fill="black")
     for row in range(height):
-        draw.multiline_text((6, row * cell[1] + 8), _caption(prompts[row], cell[1] - 8), fill="black")
-    for index, (column, row) in places.items():
-        enlarged = cell[0] >= images[index].width
-        resized = images[index].resize(cell, Image.Resampling.NEAREST if enlarged else Image.Resampling.BOX)
-        grid.paste(resized, (_CAPTION_WIDTH + column * cell[0], row * cell[1]))
+        draw.multiline_text((6, top + row * cell[1] + 8), _caption(captions[row], cell[1] - 8), fill="black")
+    for (column, row), image in images.items():
+        enlarged = cell[0] >= image.width
+        resized = image.resize(cell, Image.Resampling.NEAREST if enlarged else Image.Resampling.BOX)
+        grid.paste(resized, (_CAPTION_WIDTH + column * cell[0], top + row * cell[1]))
     return grid
 
 
