@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_rewards import as_pil, assert_same, pixel_gradient
 from torch.nn.functional import interpolate
 from transformers import ResNetConfig, ResNetForImageClassification
 
@@ -50,7 +51,7 @@ def pictures(height=120, width=181):
 
 def by_hand(folder, image, target):
     """One image, resized by PIL, by a model in fp64."""
-    picture = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+    (picture,) = as_pil(image[None])
     short = min(picture.size)
     size = [256 * side // short for side in picture.size]
     left, top = ((side - 224) // 2 for side in size)
@@ -71,15 +72,22 @@ def test_equals_pil_one_image_at_a_time(folder):
 
 
 def test_gradient_reaches_pixels_and_recomputing_changes_nothing(folder):
-    gradients = []
-    for checkpointing in (True, False):
-        images = pictures(64, 64).requires_grad_()
-        reward = made(folder, checkpointing=checkpointing)
-        reward(images, ["a"] * 3).sum().backward()
-        assert all(parameter.grad is None for parameter in reward.function.parameters())
-        gradients.append(images.grad)
-    assert (gradients[0].abs().amax(dim=(2, 3)) > 0).all()
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-9)
+    recomputed, kept = (made(folder, checkpointing=checkpointing) for checkpointing in (True, False))
+    gradient = pixel_gradient(recomputed, pictures(64, 64), ["a"] * 3)
+    assert (gradient.abs().amax(dim=(2, 3)) > 0).all()
+    assert_same(gradient, pixel_gradient(kept, pictures(64, 64), ["a"] * 3))
+    assert not any(parameter.requires_grad for parameter in recomputed.function.parameters())
+
+
+def test_autocast_changes_nothing_and_a_lower_dtype_little(folder):
+    images = pictures(64, 64)
+    with torch.no_grad():
+        expected = made(folder)(images, ["a"] * 3)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(made(folder)(images, ["a"] * 3), expected)
+        lower = made(folder, dtype="bf16")(images, ["a"] * 3)
+    assert lower.dtype == torch.float32
+    torch.testing.assert_close(lower, expected, rtol=0.1, atol=0)
 
 
 def test_a_step_along_the_gradient_makes_the_target_likelier(folder):

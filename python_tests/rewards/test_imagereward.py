@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_rewards import as_pil, assert_same, pixel_gradient
 from torch.nn.functional import gelu, interpolate, layer_norm, linear
 
 from rftcore import rewards
@@ -113,7 +114,7 @@ def by_hand(tensors, image, ids):
     def norm(name, x, eps):
         return layer_norm(x, x.shape[-1:], tensors[f"{name}.weight"], tensors[f"{name}.bias"], eps)
 
-    picture = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+    (picture,) = as_pil(image[None])
     short = min(picture.size)
     size = [SIDE * side // short for side in picture.size]
     left, top = (int(round((side - SIDE) / 2)) for side in size)
@@ -180,15 +181,22 @@ def test_text_matters(folder):
 
 
 def test_gradient_reaches_every_pixel_and_recomputing_changes_nothing(folder):
-    gradients = []
-    for checkpointing in (True, False):
-        images = pictures(40, 40).requires_grad_()
-        reward = made(folder, checkpointing=checkpointing)
-        reward(images, PROMPTS).sum().backward()
-        assert all(parameter.grad is None for parameter in reward.function.parameters())
-        gradients.append(images.grad)
-    assert (gradients[0] != 0).all()
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-9)
+    recomputed, kept = (made(folder, checkpointing=checkpointing) for checkpointing in (True, False))
+    gradient = pixel_gradient(recomputed, pictures(40, 40), PROMPTS)
+    assert (gradient != 0).all()
+    assert_same(gradient, pixel_gradient(kept, pictures(40, 40), PROMPTS))
+    assert not any(parameter.requires_grad for parameter in recomputed.function.parameters())
+
+
+def test_autocast_changes_nothing_and_a_lower_dtype_little(folder):
+    images = pictures(40, 40)
+    with torch.no_grad():
+        expected = made(folder)(images, PROMPTS)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(made(folder)(images, PROMPTS), expected)
+        lower = made(folder, dtype="bf16")(images, PROMPTS)
+    assert lower.dtype == torch.float32
+    torch.testing.assert_close(lower, expected, rtol=0.1, atol=0)
 
 
 def test_gradient_is_the_slope(folder):
@@ -211,13 +219,20 @@ def test_gradient_is_the_slope(folder):
             lambda tensors: tensors.pop("blip.visual_encoder.norm.bias"),
             "no 'blip.visual_encoder.norm.bias'; it must be",
         ),
-        (lambda tensors: tensors.pop("mlp.layers.4.weight"), "mlp.layers.4.weight"),
+        (
+            lambda tensors: tensors.pop("mlp.layers.4.weight"),
+            "'mlp.', is another: 'layers.4.weight is missing'",
+        ),
         (
             lambda tensors: tensors.update({"blip.text_encoder.embeddings.LayerNorm.bias": torch.zeros(3)}),
             r"LayerNorm.bias' is \(3,\).*\(128,\)",
         ),
+        (
+            lambda tensors: tensors.update({"mlp.layers.0.weight": torch.zeros(20, 5)}),
+            "head takes 5 numbers, and its text tower gives 128",
+        ),
     ],
-    ids=["vision", "head", "shape"],
+    ids=["vision", "head", "shape", "width"],
 )
 def test_another_checkpoint(folder, tmp_path, change, message):
     tensors = original_tensors()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from tiny_rewards import as_pil, assert_same, pixel_gradient
 from torch.nn.functional import interpolate
 from transformers import CLIPTokenizer, OwlViTConfig, OwlViTForObjectDetection
 
@@ -71,7 +71,7 @@ def by_hand(folder, image):
     model = OwlViTForObjectDetection.from_pretrained(folder).double().eval()
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     ids = tokenizer(QUERIES, padding="max_length", max_length=12, return_tensors="pt")
-    picture = Image.fromarray((image * 255).round().byte().permute(1, 2, 0).numpy())
+    (picture,) = as_pil(image[None])
     processor = OwlViTImageProcessorPil(size={"height": SIDE, "width": SIDE})
     pixels = torch.tensor(np.stack(processor(picture)["pixel_values"]), dtype=torch.float64)
     with torch.no_grad():
@@ -103,15 +103,22 @@ def test_equals_the_processor_and_the_model_one_image_at_a_time(folder, size, to
 
 @pytest.mark.parametrize("kind", ["addition", "removal"])
 def test_gradient_reaches_pixels_and_recomputing_changes_nothing(folder, kind):
-    gradients = []
-    for checkpointing in (True, False):
-        images = pictures().requires_grad_()
-        reward = made(folder, kind, checkpointing=checkpointing)
-        reward(images, ["a"] * 3).sum().backward()
-        assert all(parameter.grad is None for parameter in reward.function.parameters())
-        gradients.append(images.grad)
-    assert (gradients[0].abs().amax(dim=(2, 3)) > 0).all()
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-9)
+    recomputed, kept = (made(folder, kind, checkpointing=checkpointing) for checkpointing in (True, False))
+    gradient = pixel_gradient(recomputed, pictures(64, 64), ["a"] * 3)
+    assert (gradient.abs().amax(dim=(2, 3)) > 0).all()
+    assert_same(gradient, pixel_gradient(kept, pictures(64, 64), ["a"] * 3))
+    assert not any(parameter.requires_grad for parameter in recomputed.function.parameters())
+
+
+def test_autocast_changes_nothing_and_a_lower_dtype_little(folder):
+    images = pictures(64, 64)
+    with torch.no_grad():
+        expected = made(folder, "addition")(images, ["a"] * 3)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(made(folder, "addition")(images, ["a"] * 3), expected)
+        lower = made(folder, "addition", dtype="bf16")(images, ["a"] * 3)
+    assert lower.dtype == torch.float32
+    torch.testing.assert_close(lower, expected, rtol=0.1, atol=0)
 
 
 def test_an_image_without_a_box_keeps_its_gradient_and_the_others(folder, monkeypatch):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import ResNetForImageClassification
 
 from rftcore.rewards import checkpoints
+from rftcore.rewards.clip import named_dtype
 from rftcore.rewards.preprocessing import IMAGENET_MEAN, IMAGENET_STD, centre_crop, normalise, resize_shortest
 from rftcore.rewards.reward import RewardSpecError, declare
 from rftcore.rewards.towers import checkpoint_layers, freeze
@@ -35,30 +36,43 @@ class Adversarial(nn.Module):
     Args:
         target: a class, by its index or by its name: the whole label, or one of its comma-separated synonyms.
         model: a ResNet of transformers that was trained on ImageNet at 224 px, a hub name or a folder.
-        checkpointing: its layers are computed again in the backward.
+        checkpointing: its layers are computed again in the backward, which keeps their memory small.
+        dtype: of the model, "fp32", "fp16" or "bf16"; the score is fp32.
+        revision: of its repository.
 
     Raises: RewardSpecError for a class that the model does not know, or a model that is not found.
 
     Source: Clark et al., DRaFT (2309.17400), adversarial examples.
     """
 
-    def __init__(self, target: int | str, model: str = HUB, checkpointing: bool = True) -> None:
+    def __init__(
+        self,
+        target: int | str,
+        model: str = HUB,
+        *,
+        checkpointing: bool = True,
+        dtype: str = "fp32",
+        revision: str | None = None,
+    ) -> None:
         super().__init__()
-        classifier = freeze(checkpoints.load(ResNetForImageClassification, NAME, "model", model))
+        classifier = checkpoints.load(
+            ResNetForImageClassification, NAME, "model", model, revision=revision, dtype=named_dtype(NAME, dtype)
+        )
         labels = {int(index): label for index, label in classifier.config.id2label.items()}
         self.target = _index(target, labels)
         self.label = labels[self.target]
         if checkpointing:
             for stage in classifier.resnet.encoder.stages:
                 checkpoint_layers(stage.layers)
-        self.classifier = classifier
+        self.classifier = freeze(classifier)
 
-    def forward(self, images: Tensor, prompts: Sequence[str], metadata=None) -> Tensor:
-        """(B,) of images (B, 3, H, W) in [0, 1]."""
+    def forward(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict] | None = None) -> Tensor:
+        """Rewards (B,) of images (B, 3, H, W) in [0, 1]."""
         with torch.autocast(images.device.type, enabled=False):
             pixels = normalise(centre_crop(resize_shortest(images, EDGE), CROP, CROP), IMAGENET_MEAN, IMAGENET_STD)
             logits = self.classifier(pixels.to(self.classifier.dtype)).logits
-            return logits.log_softmax(dim=-1)[:, self.target]
+            widened = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return widened.log_softmax(dim=-1)[:, self.target]
 
 
 def _index(target: int | str, labels: dict[int, str]) -> int:

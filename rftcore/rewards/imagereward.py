@@ -9,18 +9,20 @@ from torch import Tensor, nn
 from transformers import BertTokenizer
 
 from rftcore.rewards import blip, checkpoints
+from rftcore.rewards.aesthetic import folded
+from rftcore.rewards.clip import named_dtype
 from rftcore.rewards.preprocessing import CLIP_MEAN, CLIP_STD, normalise, resize_shortest
 from rftcore.rewards.reward import declare
 from rftcore.rewards.towers import checkpoint_layers, freeze
 
 NAME = "imagereward"
 HUB, TOKENIZER = "THUDM/ImageReward", "google-bert/bert-base-uncased"
+FILES = ("ImageReward.safetensors", "ImageReward.pt")
 # Tokens of a prompt, with its start and end; the rest is cut off.
 LENGTH = 35
 # Of the scores on the original's training images: a reward is so many deviations above their mean.
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-# The linear layers among the head's; the others are dropout.
-_LINEAR = (0, 2, 4, 6, 7)
+_HEAD = "mlp."
 
 
 @declare(
@@ -35,39 +37,53 @@ class ImageReward(nn.Module):
     Images go through the original's resize of the shortest edge and centre crop to 224 px; a prompt has 35 tokens.
 
     Args:
-        model: a hub name, a folder with ImageReward.pt or ImageReward.safetensors, or such a file.
+        model: a hub name, a folder with ImageReward.safetensors or ImageReward.pt, or such a file.
         tokenizer: BERT's uncased one, a hub name or a folder.
-        checkpointing: both towers' layers are computed again in the backward.
+        checkpointing: both towers' layers are computed again in the backward, which keeps their memory small.
+        dtype: of the towers, "fp32", "fp16" or "bf16"; the score is fp32.
+        revision: of the model's repository.
 
     Raises: RewardSpecError where a file is not found or is not ImageReward's.
 
     Source: Xu et al., ImageReward (2304.05977).
     """
 
-    def __init__(self, model: str = HUB, tokenizer: str = TOKENIZER, checkpointing: bool = True) -> None:
+    slope: Tensor
+    offset: Tensor
+
+    def __init__(
+        self,
+        model: str = HUB,
+        tokenizer: str = TOKENIZER,
+        *,
+        checkpointing: bool = True,
+        dtype: str = "fp32",
+        revision: str | None = None,
+    ) -> None:
         super().__init__()
-        path = checkpoints.file(NAME, "model", model, "ImageReward.safetensors", "ImageReward.pt")
+        lower = named_dtype(NAME, dtype)
+        path = checkpoints.file(NAME, "model", model, *FILES, revision=revision)
         source = blip.Source(checkpoints.tensors(path, NAME, "model"), NAME, path)
-        self.vision, self.text = freeze(blip.vision_tower(source)), freeze(blip.text_tower(source))
-        weight, bias = _folded(source)
-        self.register_buffer("head_weight", weight, persistent=False)
-        self.register_buffer("head_bias", bias, persistent=False)
+        self.vision, self.text = (freeze(tower(source)).to(lower) for tower in (blip.vision_tower, blip.text_tower))
+        slope, offset = _head(source, self.text.config.hidden_size)
+        self.register_buffer("slope", slope)
+        self.register_buffer("offset", offset)
         self.tokenizer = checkpoints.load(BertTokenizer, NAME, "tokenizer", tokenizer)
         if checkpointing:
             checkpoint_layers(self.vision.encoder.layers)
             checkpoint_layers(self.text.encoder.layer)
 
-    def forward(self, images: Tensor, prompts: Sequence[str], metadata=None) -> Tensor:
-        """(B,) of images (B, 3, H, W) in [0, 1] and their prompts."""
+    def forward(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict] | None = None) -> Tensor:
+        """Rewards (B,) of images (B, 3, H, W) in [0, 1] and their prompts."""
         side = self.vision.config.image_size
         text = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
         ).to(images.device)
         with torch.autocast(images.device.type, enabled=False):
             pixels = normalise(_cropped(resize_shortest(images, side), side), CLIP_MEAN, CLIP_STD)
-            seen = self.vision(pixels.to(self.head_weight.dtype)).last_hidden_state
+            seen = self.vision(pixels.to(self.vision.dtype)).last_hidden_state
             read = self.text(text.input_ids, text.attention_mask, encoder_hidden_states=seen).last_hidden_state
-            return read[:, 0] @ self.head_weight + self.head_bias
+            return read[:, 0].to(self.slope.dtype) @ self.slope + self.offset
 
 
 def _cropped(images: Tensor, side: int) -> Tensor:
@@ -76,10 +92,13 @@ def _cropped(images: Tensor, side: int) -> Tensor:
     return images[..., top : top + side, left : left + side]
 
 
-def _folded(source: blip.Source) -> tuple[Tensor, Tensor]:
-    """The head and its normalisation as one affine map, weight (C,) and bias (): linear layers, and dropout between."""
-    weight, bias = torch.eye(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
-    for layer in reversed(_LINEAR):
-        bias = weight @ source[f"mlp.layers.{layer}.bias"].double() + bias
-        weight = weight @ source[f"mlp.layers.{layer}.weight"].double()
-    return (weight[0] / STD).float(), ((bias[0] - MEAN) / STD).float()
+def _head(source: blip.Source, width: int) -> tuple[Tensor, Tensor]:
+    """The head, whose layers are the aesthetic predictor's, and its normalisation: w (C,) and b () of w x + b."""
+    layers = {name[len(_HEAD) :]: value for name, value in source.tensors.items() if name.startswith(_HEAD)}
+    try:
+        slope, offset = folded(layers)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise source.refused(f"its head, the names under {_HEAD!r}, is another: {error}") from error
+    if slope.numel() != width:
+        raise source.refused(f"its head takes {slope.numel()} numbers, and its text tower gives {width}")
+    return (slope / STD).float(), ((offset - MEAN) / STD).float()

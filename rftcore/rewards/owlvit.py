@@ -11,6 +11,7 @@ from torch.nn.functional import logsigmoid
 from transformers import CLIPTokenizer, OwlViTForObjectDetection
 
 from rftcore.rewards import checkpoints
+from rftcore.rewards.clip import named_dtype
 from rftcore.rewards.preprocessing import CLIP_MEAN, CLIP_STD, normalise, resize
 from rftcore.rewards.reward import RewardSpecError, declare
 from rftcore.rewards.towers import checkpoint_layers, freeze
@@ -25,7 +26,9 @@ class _Detector(nn.Module):
         queries: texts to look for, such as "a photo of a dog"; one, or several.
         model: OWL-ViT, a hub name or a folder.
         log: the mean of the log-probabilities in nats instead of that of the probabilities.
-        checkpointing: layers of the image tower are computed again in the backward.
+        checkpointing: the image tower's layers are computed again in the backward, which keeps their memory small.
+        dtype: of the model, "fp32", "fp16" or "bf16"; the score is fp32.
+        revision: of its repository.
 
     Raises: RewardSpecError for no query, one that is longer than the text tower reads, or a model that is not found.
     """
@@ -34,7 +37,14 @@ class _Detector(nn.Module):
     _name: str
 
     def __init__(
-        self, queries: str | Sequence[str], model: str = HUB, log: bool = False, checkpointing: bool = True
+        self,
+        queries: str | Sequence[str],
+        model: str = HUB,
+        *,
+        log: bool = False,
+        checkpointing: bool = True,
+        dtype: str = "fp32",
+        revision: str | None = None,
     ) -> None:
         super().__init__()
         self.queries = (queries,) if isinstance(queries, str) else tuple(queries)
@@ -46,9 +56,18 @@ class _Detector(nn.Module):
         self.log = log
         if log:
             self.unit, self.range = "nats", (-math.inf, 0.0)
-        detector = freeze(checkpoints.load(OwlViTForObjectDetection, self._name, "model", model))
-        tokenizer = checkpoints.load(CLIPTokenizer, self._name, "model", model)
+        detector = checkpoints.load(
+            OwlViTForObjectDetection,
+            self._name,
+            "model",
+            model,
+            revision=revision,
+            dtype=named_dtype(self._name, dtype),
+        )
+        tokenizer = checkpoints.load(CLIPTokenizer, self._name, "model", model, revision=revision)
+        freeze(detector)
         self.register_buffer("_embedded", self._embed(detector, tokenizer), persistent=False)
+        detector.class_head.float()
         # The queries do not change, and nothing asks for boxes: neither needs memory any longer.
         del detector.owlvit.text_model, detector.owlvit.text_projection, detector.box_head
         if checkpointing:
@@ -69,18 +88,20 @@ class _Detector(nn.Module):
                     f"reward {self._name!r}: the query {query!r} is {ids.shape[1]} tokens with its start and end, and "
                     f"OWL-ViT reads {longest}; shorten it, or give its parts as queries"
                 )
-            rows.append(detector.owlvit.text_projection(detector.owlvit.text_model(input_ids=ids).pooler_output))
-        embedded = torch.cat(rows)
+            with torch.autocast(ids.device.type, enabled=False):
+                rows.append(detector.owlvit.text_projection(detector.owlvit.text_model(input_ids=ids).pooler_output))
+        embedded = torch.cat(rows).float()
         return embedded / embedded.norm(dim=-1, keepdim=True)
 
     def logits(self, images: Tensor) -> Tensor:
         """(B, Q) of images (B, 3, H, W) in [0, 1]: of each query's most confident box."""
         side = self.detector.config.vision_config.image_size
         with torch.autocast(images.device.type, enabled=False):
-            pixels = normalise(resize(images, side, side), CLIP_MEAN, CLIP_STD).to(self._embedded.dtype)
+            # The tower casts them to its own dtype; the head, which is small, is fp32.
+            pixels = normalise(resize(images, side, side), CLIP_MEAN, CLIP_STD)
             tokens = self.detector.image_embedder(pixels)[0].flatten(1, 2)  # (B, boxes, C)
             queries = self._embedded.expand(len(images), -1, -1)
-            return self.detector.class_predictor(tokens, queries)[0].amax(dim=1)
+            return self.detector.class_predictor(tokens.to(queries.dtype), queries)[0].amax(dim=1)
 
     def _score(self, logits: Tensor) -> Tensor:
         return (logsigmoid(logits) if self.log else logits.sigmoid()).mean(dim=-1)
@@ -108,8 +129,8 @@ class Addition(_Detector):
 
     _name = "owlvit_addition"
 
-    def forward(self, images: Tensor, prompts: Sequence[str], metadata=None) -> Tensor:
-        """(B,) of images (B, 3, H, W) in [0, 1]."""
+    def forward(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict] | None = None) -> Tensor:
+        """Rewards (B,) of images (B, 3, H, W) in [0, 1]."""
         return self._score(self.logits(images))
 
 
@@ -130,6 +151,6 @@ class Removal(_Detector):
 
     _name = "owlvit_removal"
 
-    def forward(self, images: Tensor, prompts: Sequence[str], metadata=None) -> Tensor:
-        """(B,) of images (B, 3, H, W) in [0, 1]."""
+    def forward(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict] | None = None) -> Tensor:
+        """Rewards (B,) of images (B, 3, H, W) in [0, 1]."""
         return self._score(-self.logits(images))
