@@ -88,14 +88,18 @@ def smooth_filters(width, generator):
 
 
 def save_clip(folder, **options):
-    """A CLIP folder: model, tokenizer and processor; the model whose weights are all larger than at its start."""
+    """A CLIP folder: model, tokenizer and processor."""
     folder.mkdir(parents=True, exist_ok=True)
     model = CLIPModel(clip_config(save_tokenizer(folder), **options)).eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim and name != "logit_scale":
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.05)
+        # In an order that transformers does not choose.
+        for name, parameter in sorted(model.named_parameters()):
+            if name != "logit_scale":
+                scale = 0.1 if parameter.ndim < 2 or "embedding" in name else 0.6 * parameter[0].numel() ** -0.5
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+            if "norm" in name and name.endswith("weight"):
+                parameter.add_(1)
         # As trained filters, these see what is smooth rather than the rounding of single pixels to 8 bits.
         model.vision_model.embeddings.patch_embedding.weight.copy_(smooth_filters(40, generator))
     model.save_pretrained(folder)
@@ -104,17 +108,17 @@ def save_clip(folder, **options):
 
 
 def cosines(folder, images, prompts):
-    """cos (B,) of images, seen one by one as PIL's, and their prompts, by stock classes in fp64; exp(logit_scale)."""
-    model = CLIPModel.from_pretrained(folder, dtype=torch.float64).eval()
+    """cos (B,) of images, seen one by one as PIL's, and their prompts, by stock classes; exp(logit_scale)."""
+    model = CLIPModel.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer, processor = CLIPTokenizer.from_pretrained(folder), pil_clip_processor(SIZE)
     found = []
     with torch.no_grad():
         for image, prompt in zip(as_pil(images), prompts, strict=True):
-            pixels = processor(images=image, return_tensors="pt")["pixel_values"].double()
+            pixels = processor(images=image, return_tensors="pt")["pixel_values"]
             words = tokenizer(prompt, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
             logits = model(**words, pixel_values=pixels).logits_per_image
             found.append(logits[0, 0] / model.logit_scale.exp())
-    return torch.stack(found), model.logit_scale.exp().item()
+    return torch.stack(found).double(), model.logit_scale.exp().item()
 
 
 def pixel_gradient(reward, images, prompts):
