@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import recurse_remove_peft_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
 from rftcore.lora import files, loading
 from rftcore.training.errors import UsageError
+from rftcore.training.models import finite
 
 _FLAG = "model.fuse_lora"
 
@@ -23,17 +26,23 @@ def fuse(pipe: DiffusionPipeline, loras: Sequence[str]) -> None:
     """
     try:
         for component in loading.load(pipe, [files.parse(argument, _FLAG) for argument in loras]):
-            _merge(pipe, component)
-    except ValueError as error:
+            model = getattr(pipe, component)
+            _merge(model)
+            finite.check(model, component, f"{_FLAG}={loras}")
+    except UsageError as error:
         message = str(error)
         raise UsageError(message if message.startswith(_FLAG) else f"{_FLAG}={loras}: {message}") from error
 
 
-def _merge(pipe: DiffusionPipeline, component: str) -> None:
-    model = getattr(pipe, component)
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.merge(safe_merge=True)
+def _merge(model: nn.Module) -> None:
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            weight = layer.get_base_layer().weight
+            dtype = weight.dtype
+            # PEFT would round the change, too.
+            weight.data = weight.data.to(torch.promote_types(dtype, torch.float32))
+            layer.merge()
+            weight.data = weight.data.to(dtype)
     recurse_remove_peft_layers(model)
     # What is left of an adapter's traces would make the next one a second one.
     if hasattr(model, "peft_config"):
