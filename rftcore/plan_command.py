@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
 
 from rftcore import published
 from rftcore.blocks import accelerate
 from rftcore.blocks.budget import bytes_of, text_of
 from rftcore.plan_options import ATTENTION, DTYPES, OPTIMIZERS, PlanOptions
+from rftcore.plan_reward import REWARDS, reward_bytes
+from rftcore.sampling.conditioning import Conditioning
 from rftcore.sampling.denoiser import Denoiser
 from rftcore.sampling.gradient_path import GradientPath
 from rftcore.sampling.plan import Plan, Planner
@@ -23,6 +27,8 @@ from rftcore.training.errors import UsageError, nearest
 
 # The decoder's levels, from the one of the fewest FLOPs.
 _DECODER_LEVELS = ("none", "block")
+# What a run leaves of its budget to decoding where it is told neither.
+_RESERVE = 2 * 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,50 +77,74 @@ def predict(options: PlanOptions) -> Prediction:
     pixels = options.resolution or unet.config.sample_size * scale
     if pixels % scale:
         raise UsageError(f"--resolution {pixels} must be a multiple of {scale}, the autoencoder's scale")
-    held = _held(unet, vae, options)
+    held = _held(unet, vae, options, pixels)
+    size, denoiser = pixels // scale, Denoiser(unet)
     try:
-        conditioning = published.conditioning(unet, 1, model.tokens)
+        conditioning = Conditioning(published.conditioning(unet, 1, model.tokens))
     except ValueError as error:
         raise UsageError(f"--model {options.model}: {error}") from error
-    size = pixels // scale
-    simulation = Simulation(Denoiser(unet), conditioning, size, size, guided=options.guidance_scale != 1.0)
+    conditioning = denoiser.told(conditioning, options.guidance_scale).positive
+    simulation = Simulation(denoiser, conditioning, size, size, guided=denoiser.guided(options.guidance_scale))
     planner = Planner(
         simulation, options.batch, GradientPath.last(options.backprop_steps, options.steps).effective_modes
     )
     levels = _DECODER_LEVELS if planner.steps else _DECODER_LEVELS[:1]
-    decoders = {level: decoding(vae, size, size, level=level, gradient=bool(planner.steps)) for level in levels}
+    images, gradient = min(options.images_per_call, options.batch), bool(planner.steps)
+    decoders = {level: decoding(vae, size, size, images=images, level=level, gradient=gradient) for level in levels}
 
     plans: dict[str, Plan] = {}
-    if options.memory_budget is not None:
-        available, reserves = _bytes("--memory_budget", options.memory_budget), dict.fromkeys(levels, 0)
+    device = None if options.device_memory is None else _bytes("--device-memory", options.device_memory)
+    if device is None or options.memory_budget is not None or options.recipe is not None:
+        available, reserve = _settled(options, None if device is None else device - sum(held.values()))
+        # Only what waits for its backward is in the way of decoding.
+        reserve = reserve if planner.steps else 0
+        reserves = dict.fromkeys(levels, reserve)
         try:
-            plans[levels[0]] = planner.plan(available)
+            plans[levels[0]] = planner.plan(available, reserve)
         except ValueError as error:
             raise UsageError(f"--{error}") from error
     else:
-        available = _bytes("--device-memory", options.device_memory) - sum(held.values())
+        available = device - sum(held.values())
         reserves = {level: step.peak for level, step in decoders.items()}
         plans = {level: plan for level in levels if (plan := _fitted(planner, available, reserves[level])) is not None}
         if not plans:
             raise UsageError(_too_small(options, planner, held, min(reserves.values())))
     flops = {
-        level: plan.flops + options.batch * (decoders[level].forward_flops + decoders[level].backward_flops)
+        level: plan.flops
+        + math.ceil(options.batch / images) * (decoders[level].forward_flops + decoders[level].backward_flops)
         for level, plan in plans.items()
     }
     level = min(plans, key=flops.__getitem__)
     plan, decode = plans[level], decoders[level].peak
-    rest = plan.peak_bytes - plan.stored_bytes - planner.fixed
+    taken = {
+        "states and noise": planner.fixed,
+        "stored steps": plan.stored_bytes,
+        "beside them, at the chain's peak": plan.peak_bytes - plan.stored_bytes - planner.fixed,
+        f"or, after the chain, decoding {'an image' if images == 1 else f'{images} images'}": decode,
+    }
+    peak = max(plan.peak_bytes, planner.fixed + plan.stored_bytes + decode)
+    if options.trained_at_once or options.samples:
+        states, step = _scored_again(simulation, conditioning, options)
+        taken |= {"states of an epoch": states, "or, a step that is scored again": step}
+        # They are joined once all are there: for a moment there are two of each.
+        peak = max(states + peak, 2 * states, states + step)
+    if options.evaluated_at_once:
+        evaluated = Planner(simulation, options.evaluated_at_once, ("none",) * options.steps)
+        taken["or, at another time, evaluating"] = max(evaluated.least().values())
+        peak = max(peak, taken["or, at another time, evaluating"])
+    peak += sum(held.values())
+    if device is not None and peak > device:
+        raise UsageError(
+            f"--device-memory {options.device_memory} is too small: {text_of(peak)} are predicted, of which "
+            f"{text_of(sum(held.values()))} are weights, optimizer, reward and context, and the chain's budget is "
+            f"{text_of(available)}; make the budget, the batch or the resolution smaller"
+        )
     return Prediction(
         size=pixels,
         plan=plan,
         held=held,
-        taken={
-            "states and noise": planner.fixed,
-            "stored steps": plan.stored_bytes,
-            "beside them, at the chain's peak": rest,
-            "or, after the chain, decoding an image": decode,
-        },
-        peak_bytes=sum(held.values()) + max(plan.peak_bytes, planner.fixed + plan.stored_bytes + decode),
+        taken=taken,
+        peak_bytes=peak,
         decoder_level=level,
         flops=flops[level],
         largest_batch=_largest_batch(planner, available, min(reserves.values())),
@@ -128,14 +158,23 @@ def describe(options: PlanOptions, prediction: Prediction) -> str:
     rows = [*prediction.held.items(), *prediction.taken.items(), ("predicted peak", prediction.peak_bytes)]
     width = max(len(name) for name, _ in rows)
     guided = "guided" if options.guidance_scale != 1.0 else "not guided"
+    policy = bool(options.trained_at_once or options.samples)
+    uncounted = "the CUDA context, and what" if options.context_memory == "0" else "what"
     lines = [
+        *([options.recipe] if options.recipe else []),
         f"{options.model}, {prediction.size} px, {guided}, LoRA of rank {options.rank} on {' '.join(options.target)}, "
         f"{options.dtype}",
         *str(plan).split("; "),
         "",
         *(f"{name:<{width}}  {text_of(size):>10}" for name, size in rows if size or name == "predicted peak"),
-        "not counted: the CUDA context, and what the allocator cannot use of what it has reserved",
+        f"not counted: {uncounted} the allocator cannot use of what it has reserved",
         "",
+    ]
+    if policy:
+        return "\n".join(
+            [*lines, f"FLOPs: {prediction.flops / 1e12:.1f} T to sample and decode {options.batch} images"]
+        )
+    lines += [
         f"FLOPs: {prediction.flops / 1e12:.1f} T a training step; decoder and gradients included, the reward not",
         f'use: CheckpointedSampler(..., memory_budget="{plan.budget // 2**20}MiB"), '
         f'rftcore.accelerate(vae, recompute="{prediction.decoder_level}")',
@@ -188,7 +227,7 @@ def _unet(model: _Model, options: PlanOptions, dtype: torch.dtype) -> UNet2DCond
         raise UsageError(f"--target {' '.join(options.target)}: {error}") from error
 
 
-def _held(unet: UNet2DConditionModel, vae: AutoencoderKL, options: PlanOptions) -> dict[str, int]:
+def _held(unet: UNet2DConditionModel, vae: AutoencoderKL, options: PlanOptions, pixels: int) -> dict[str, int]:
     count = sum(p.numel() for p in unet.parameters() if p.requires_grad)
     return {
         "UNet": sum(p.nbytes for p in unet.parameters() if not p.requires_grad),
@@ -196,8 +235,42 @@ def _held(unet: UNet2DConditionModel, vae: AutoencoderKL, options: PlanOptions) 
         "LoRA": 4 * count,
         "its gradients": 4 * count,
         f"{options.optimizer}'s state": OPTIMIZERS[options.optimizer] * count,
-        "reward": _bytes("--reward_memory", options.reward_memory),
+        "reward": _reward(options, pixels),
+        "context": _bytes("--context_memory", options.context_memory),
     }
+
+
+def _reward(options: PlanOptions, pixels: int) -> int:
+    """Raises: UsageError for a reward of which nothing is known."""
+    names = options.reward_memory.split("+")
+    if names[0][:1].isdigit():
+        return _bytes("--reward_memory", options.reward_memory)
+    if unknown := [name for name in names if name not in REWARDS]:
+        raise UsageError(
+            f"--reward_memory {options.reward_memory} must be a number of bytes with its unit, such as 2GiB, or names of "
+            f"{', '.join(REWARDS)}; of {unknown[0]} nothing is known"
+        )
+    gradient = options.backprop_steps != 0
+    return sum(reward_bytes(name, pixels, options.images_per_call, gradient=gradient) for name in names)
+
+
+def _settled(options: PlanOptions, free: int | None) -> tuple[int, int]:
+    """A run's memory.budget and memory.reserve, which follow from what is free where they are not said."""
+    if options.memory_budget is not None:
+        budget = _bytes("--memory_budget", options.memory_budget)
+        return budget, 0 if options.reserve is None else _bytes("--reserve", options.reserve)
+    budget = max(0, free or 0)
+    return budget, min(_RESERVE, budget // 2) if options.reserve is None else _bytes("--reserve", options.reserve)
+
+
+def _scored_again(simulation: Simulation, conditioning: Mapping[str, Tensor], options: PlanOptions) -> tuple[int, int]:
+    """Bytes of an epoch's states and texts, and of a step that is scored again with a gradient."""
+    # Of both branches, whether there are two or not.
+    texts = 2 * sum(tensor.nbytes for tensor in conditioning.values())
+    sample = (options.steps + 1) * simulation.latent_bytes(1) + texts
+    made = simulation.constants(options.trained_at_once, options.steps)
+    step = simulation.step(options.trained_at_once, None).peak if options.trained_at_once else 0
+    return options.samples * sample, made.kept + made.peak + step
 
 
 def _bytes(flag: str, text: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import math
 import typing
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 
 from jsonargparse import ArgumentParser
 
+from rftcore.plan_recipe import options_of
 from rftcore.training.config import option
 from rftcore.training.errors import UsageError, nearest
 
@@ -22,6 +24,10 @@ ATTENTION = "attention"
 class PlanOptions:
     """Will it fit, and how slow will it be: a chain's memory plan, predicted without weights and without a GPU."""
 
+    recipe: str | None = option(
+        None,
+        "a recipe's name or file, of DRaFT or DDPO, which says all but --device-memory; flags after it override it",
+    )
     model: str | None = option(None, "sd15, sd21, sdxl, or the folder of a diffusers pipeline (its config.json files)")
     resolution: int | None = option(None, "image side in pixels; none: the model's own")
     batch: int = option(4, "images of a chain")
@@ -34,7 +40,20 @@ class PlanOptions:
     device_memory: str | None = option(None, "what the whole device may hold, such as 24GiB")
     memory_budget: str | None = option(None, "the sampler's memory_budget, instead: what its chain alone may take")
     optimizer: str = option("adamw", f"{', '.join(OPTIMIZERS)}")
-    reward_memory: str = option("0", "what the reward takes beside the decoder, weights and activations")
+    reserve: str | None = option(
+        None,
+        "of memory_budget, what is left to decoding; none: nothing, or with a recipe without a budget the run's own",
+    )
+    reward_memory: str = option(
+        "0", "what the reward takes beside the decoder, weights and activations; or rewards' names, joined by +"
+    )
+    images_per_call: int = option(1, "images decoded and scored at once")
+    context_memory: str = option("0", "what of the device no tensor gets: the CUDA context, rounding; a recipe: 0.7GiB")
+    evaluated_at_once: int = option(0, "images sampled at once in an evaluation; 0: none is made")
+    trained_at_once: int = option(
+        0, "for policy gradients, with backprop_steps 0: images of which a step is scored again, with a gradient"
+    )
+    samples: int = option(0, "for policy gradients: of an epoch, all of whose states are kept")
 
     def validate(self) -> None:
         """Raises UsageError with every problem found, not only the first."""
@@ -47,21 +66,33 @@ class PlanOptions:
         found = []
         if not self.model:
             found.append("--model is missing; give sd15, sd21, sdxl or the folder of a pipeline")
-        if (self.device_memory is None) == (self.memory_budget is None):
-            found.append("give --device-memory 24GiB, or --memory_budget 20GiB, and not both")
+        if self.device_memory is None and (self.memory_budget is None or self.recipe):
+            found.append("give --device-memory 24GiB, or --memory_budget 20GiB, what the chain alone may take")
         if self.dtype not in DTYPES:
             found.append(f"--dtype {self.dtype} is unknown; {nearest(self.dtype, DTYPES)}")
         if self.optimizer not in OPTIMIZERS:
             found.append(f"--optimizer {self.optimizer} is unknown; {nearest(self.optimizer, OPTIMIZERS)}")
-        for name in ("batch", "steps", "rank", "resolution"):
+        least = dict.fromkeys(("batch", "steps", "rank", "resolution", "images_per_call"), 1)
+        least |= dict.fromkeys(("evaluated_at_once", "trained_at_once", "samples"), 0)
+        for name, bound in least.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                found.append(f"--{name} {value} must be at least 1")
+            if value is not None and value < bound:
+                found.append(f"--{name} {value} must be at least {bound}")
+        if (self.trained_at_once or self.samples) and self.backprop_steps != 0:
+            found.append("--trained_at_once and --samples are of policy gradients; give --backprop_steps 0 with them")
         if self.backprop_steps is not None and not 0 <= self.backprop_steps <= self.steps:
             found.append(f"--backprop_steps {self.backprop_steps} must lie in [0, {self.steps}], the number of --steps")
         if not math.isfinite(self.guidance_scale):
             found.append(f"--guidance_scale {self.guidance_scale} must be a finite number; 1.0 is no guidance")
         return found
+
+
+class _Recipe(argparse.Action):
+    """Sets what the recipe says, over what was said before."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        for name, value in {**options_of(values), self.dest: values}.items():
+            setattr(namespace, name, value)
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -72,6 +103,8 @@ def add_options(parser: ArgumentParser) -> None:
         if types[field.name] == list[str]:
             settings = {"type": str, "nargs": "+"}
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if field.name == "recipe":
+            settings = {"action": _Recipe}
         flags = ["--device-memory", "--device_memory"] if field.name == "device_memory" else [f"--{field.name}"]
         help_ = field.metadata["help"].replace("%", "%%")
         parser.add_argument(*flags, dest=field.name, default=default, help=help_, **settings)

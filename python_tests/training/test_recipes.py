@@ -4,11 +4,15 @@ import json
 
 import pytest
 
+from benchmarks.tiers import tiers
+from rftcore import prompts
+from rftcore.rewards import registry
 from rftcore.training import Trainer, load_config, recipes
 from rftcore.training.algorithm_configs import ALGORITHMS, batch_shares
 
 DIGITS = [name for name in recipes.names() if name.startswith("digits_")]
-PUBLISHED = [name for name in recipes.names() if name not in DIGITS]
+# Those for a GPU's memory are published ones in parts that fit.
+PUBLISHED = [name for name in recipes.names() if name not in DIGITS and name not in tiers()]
 
 
 def load(name, **overrides):
@@ -122,6 +126,18 @@ def test_published_values(name):
     model = config.model.pretrained_model_name_or_path
     assert ("xl" in model) == name.endswith("_sdxl") and model != "rftcore.digits"
     assert config.sampling.num_inference_steps == (40 if name == "refl_sd15" else 50)
+
+
+@pytest.mark.parametrize("name", tiers())
+def test_a_tiers_recipe_is_the_published_one_in_other_parts(name):
+    tier, published = load(name), load(name.rpartition("_")[0])
+    parts = {"gradient_accumulation_steps", "rollout_batch_size", "backprop_steps"}
+    # SDXL's states of 256 samples are too many for 16 GB.
+    parts |= {"samples_per_epoch", "batch_size"} if name == "ddpo_sdxl_16gb" else set()
+    values, expected = vars(tier.train), vars(published.train)
+    assert {key for key in values if values[key] != expected[key]} <= parts
+    assert tier.sampling == published.sampling and tier.lora == published.lora and tier.model == published.model
+    assert tier.prompts in prompts.KNOWN and tier.held_out_share and tier.reward.function in registry.KNOWN
 
 
 def test_images_of_the_papers_budgets():
