@@ -18,7 +18,7 @@ from transformers import AutoProcessor, AutoTokenizer, BertModel, LlavaForCondit
 
 from rftcore import rewards
 from rftcore.rewards import RewardSpecError, vlm_client
-from rftcore.rewards.vlm import Describer
+from rftcore.rewards.vlm import Describer, _echoed
 from rftcore.rewards.vlm_alignment import QUESTION, VlmAlignment, pictures
 from rftcore.rewards.vlm_client import ChatServer
 from rftcore.rewards.vlm_server import VlmServer, main
@@ -126,6 +126,14 @@ def test_processor_without_a_chat_template(models, images):
     assert given == [slow_answer(models["model"], image, "what is this ?") for image in images]
     # The image's place, where the question leaves it out.
     assert describer.describe(pictures(images), "what is this ? :", TOKENS) == given
+
+
+@pytest.mark.parametrize(
+    ("tokens", "echoed"),
+    [([7, 8, 9, 1, 2], 3), ([7, 8, 1, 2], 2), ([1, 2, 3, 4], 0), ([7, 1], 0), ([7, 8, 9], 3)],
+)
+def test_an_output_may_begin_with_its_input(tokens, echoed):
+    assert _echoed(torch.tensor([tokens, tokens]), torch.tensor([[7, 8, 9]] * 2)) == echoed
 
 
 def test_half_precision_moves_to_the_model(models, images):
@@ -343,7 +351,7 @@ def test_requests_that_are_not_served(path, body, status, message, monkeypatch):
         ({"url": "http://host/v1", "key_variable": "NOT_SET_HERE"}, "the environment has no such variable"),
         ({"url": "http://host/v1", "timeout_s": 0}, "timeout_s=0 must be above 0"),
         ({"reference": "the image"}, "reference='the image' needs exactly one {} for the prompt"),
-        ({"max_new_tokens": 0}, "must be at least 1"),
+        ({"max_new_tokens": 0}, "both must be at least 1"),
         ({"dtype": "int8"}, "dtype='int8' is not one of fp32, fp16, bf16"),
         ({"model": "no/such/folder"}, "cannot load model='no/such/folder'"),
         ({"colour": 3}, "has no option 'colour'"),

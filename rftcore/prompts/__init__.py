@@ -1,4 +1,4 @@
-"""Prompts: lists of strings, from the papers' sets, files, datasets, functions; filled into a text, and split by rule."""
+"""Prompts: lists of strings from the papers' sets, files, datasets or functions; put into a text, and split by rule."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ HPDV2_STYLES = ("anime", "concept-art", "paintings", "photo")
 
 
 def hpdv2(folder: Path) -> dict[str, list[str]]:
-    """HPDv2's benchmark prompts by style, from the folder with anime.json, concept-art.json, paintings.json, photo.json.
+    """HPDv2's benchmark prompts by style, from the folder that holds anime.json, concept-art.json and so on.
 
     Raises: PromptsError.
 

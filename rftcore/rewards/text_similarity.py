@@ -45,7 +45,8 @@ class TextSimilarity(nn.Module):
 
     Every token of the reference is met by the token of the candidate whose state has the largest cosine with its own;
     the mean of these cosines is the score. As in bert-score, the tokens that open and close a text do not count in the
-    reference, and may be met in the candidate; an empty text scores 0.
+    reference, and may be met in the candidate; an empty text scores 0. A negative cosine stays what it is (bert-score
+    makes it 0 where it pads a batch), so that a score does not depend on the other texts.
 
     Args:
         model: an encoder, by hub name or folder.
@@ -73,7 +74,7 @@ class TextSimilarity(nn.Module):
         self.encoder = freeze(_encoder(model, reward, option))
         if self.encoder.config.is_encoder_decoder:
             raise RewardSpecError(
-                f"reward {reward!r}: {model} has a decoder, and tokens are compared by an encoder; take one such as {MODEL}"
+                f"reward {reward!r}: {model} has a decoder, and an encoder is needed; take one such as {MODEL}"
             )
         if not 0 <= self.layer <= self.encoder.config.num_hidden_layers:
             raise RewardSpecError(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from rftcore.rewards import checkpoints
@@ -52,6 +52,8 @@ class Describer(nn.Module):
         self.processor.tokenizer.padding_side = "left"
         if self.processor.tokenizer.pad_token is None:
             self.processor.tokenizer.pad_token = self.processor.tokenizer.eos_token
+        if self.model.generation_config.pad_token_id is None:
+            self.model.generation_config.pad_token_id = self.processor.tokenizer.pad_token_id
         # What some models ask of sampling is warned of where nothing is sampled.
         for setting in ("temperature", "top_p", "top_k"):
             setattr(self.model.generation_config, setting, None)
@@ -65,20 +67,18 @@ class Describer(nn.Module):
 
     @torch.no_grad()
     def _answers(self, images: Sequence[Image.Image], question: str, max_new_tokens: int) -> list[str]:
-        inputs = self._inputs(images, question).to(self.model.device, self.model.dtype)
+        inputs = {
+            name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+            for name, value in self._inputs(images, question).items()
+        }
         with torch.autocast(self.model.device.type, enabled=False):
             tokens = self.model.generate(
                 **inputs,
                 do_sample=False,
                 num_beams=1,
                 max_new_tokens=max_new_tokens,
-                pad_token_id=self.processor.tokenizer.pad_token_id,
             )
-        # Decoders give their input back and go on; encoder-decoders, and those that are given embeddings, do not.
-        asked = inputs["input_ids"]
-        length = asked.shape[1]
-        if tokens.shape[1] >= length and torch.equal(tokens[:, :length], asked):
-            tokens = tokens[:, length:]
+        tokens = tokens[:, _echoed(tokens, inputs["input_ids"]) :]
         return [answer.strip() for answer in self.processor.batch_decode(tokens, skip_special_tokens=True)]
 
     def _inputs(self, images: Sequence[Image.Image], question: str):
@@ -93,3 +93,14 @@ class Describer(nn.Module):
         opening = self.processor.tokenizer.bos_token
         settings["add_special_tokens"] = not (opening and text.startswith(opening))
         return self.processor(images=[[image] for image in images], text=[text] * len(images), **settings)
+
+
+def _echoed(tokens: Tensor, asked: Tensor) -> int:
+    """How many tokens of an output are its input: decoders give it back and go on, others begin with the answer.
+
+    BLIP gives back all but the last token, which closes the question.
+    """
+    for length in (asked.shape[1], asked.shape[1] - 1):
+        if length and tokens.shape[1] >= length and torch.equal(tokens[:, :length], asked[:, :length]):
+            return length
+    return 0

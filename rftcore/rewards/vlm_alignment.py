@@ -34,9 +34,9 @@ class VlmAlignment(nn.Module):
     give these as `question` and `reference`. Scores of different models, questions or references are not comparable.
 
     Args:
-        model: an image-text-to-text model of transformers, hub name or folder; with `url` the server's name for it, None
-            the first that the server lists.
-        url: of a server's OpenAI-compatible API, such as http://localhost:8000/v1; None: the model runs in this process.
+        model: an image-text-to-text model of transformers, hub name or folder, None LLaVA 1.5; with `url` the server's
+            name for it, None the first that the server lists.
+        url: of a server's OpenAI-compatible API, such as http://localhost:8000/v1; None: the model runs here.
         question: what the model is asked about each image.
         reference: text with {} for the prompt, which the answer is compared with.
         max_new_tokens: of an answer.
@@ -76,7 +76,8 @@ class VlmAlignment(nn.Module):
             raise RewardSpecError(f"reward {NAME!r}: reference={reference!r} needs exactly one {{}} for the prompt")
         if min(max_new_tokens, images_at_once) < 1:
             raise RewardSpecError(
-                f"reward {NAME!r}: max_new_tokens={max_new_tokens} and images_at_once={images_at_once} must be at least 1"
+                f"reward {NAME!r}: max_new_tokens={max_new_tokens} and images_at_once={images_at_once}; both must be at "
+                "least 1"
             )
         self.question, self.reference = question, reference
         self.max_new_tokens, self.images_at_once = max_new_tokens, images_at_once

@@ -7,8 +7,8 @@ system that speaks the same protocol (vLLM, SGLang) answers many at once. The pr
 - POST /v1/chat/completions with a JSON object: "messages" is one user message whose "content" holds one
   {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}} (PNG, JPEG or WebP) and one
   {"type": "text", "text": QUESTION}; "max_tokens" and "model" may be given, "temperature" must be 0 or left out.
-  The answer is {"object": "chat.completion", "model": NAME, "choices": [{"index": 0, "finish_reason": "stop", "message":
-  {"role": "assistant", "content": ANSWER}}]}.
+  The answer is {"object": "chat.completion", "model": NAME, "choices": [{"index": 0, "finish_reason": "stop",
+  "message": {"role": "assistant", "content": ANSWER}}]}.
 - What is wrong is said by {"error": {"message": ...}} with the status 400, 404, 413 or 500.
 
 Nothing but what is in a request is opened: an address of an image is refused. It listens on this machine alone unless
