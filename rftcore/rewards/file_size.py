@@ -28,7 +28,7 @@ def incompressibility(
     return torch.tensor([_bytes(image, quality) / 1000 for image in pixels], device=images.device)
 
 
-@declare(differentiable=False, unit="kilobytes, negative", range=(float("-inf"), 0.0))
+@declare(differentiable=False, unit="kilobytes", range=(float("-inf"), 0.0))
 def compressibility(
     images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[dict] | None = None, *, quality: int = QUALITY
 ) -> torch.Tensor:

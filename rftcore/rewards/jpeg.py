@@ -10,15 +10,16 @@ from rftcore.rewards.jpeg_codec import decoded, tables
 from rftcore.rewards.jpeg_size import size
 from rftcore.rewards.reward import RewardSpecError, declare
 
-_MEASURES = ("reconstruction", "size")
+# What it is measured by, and in.
+_MEASURES = {"reconstruction": "squared error", "size": "kilobytes"}
 
 
 class _Loss:
     """What JPEG takes from an image, or what it costs.
 
     Args:
-        quality: JPEG's, 1 to 100. The paper's is not known; at 50 its tables are the standard's own, and coarse, so that
-            nearly every image has something to lose.
+        quality: JPEG's, 1 to 100. The paper's is not known; at 50 its tables are the standard's own, so coarse that
+            most images have something to lose.
         measure: "reconstruction" is the paper's ||x - d(c(x))||^2, the squared error of the decoded image, summed over
             pixels in [0, 1] and channels; "size" is the file's estimated size without its headers, in kilobytes.
         exact: values are those of quantised images and only the gradient is smoothed; False: values are smoothed too,
@@ -32,6 +33,7 @@ class _Loss:
         if measure not in _MEASURES:
             raise RewardSpecError(f"measure={measure!r} is not known; it is {' or '.join(_MEASURES)}")
         self.quality, self.measure, self.exact = quality, measure, exact
+        self.unit = _MEASURES[measure]
 
     def _loss(self, images: torch.Tensor) -> torch.Tensor:
         """(B,) of images (B, 3, H, W) in [0, 1]."""
@@ -40,7 +42,7 @@ class _Loss:
         return (images - decoded(images, self.quality, exact=self.exact)).square().flatten(1).sum(1)
 
 
-@declare(differentiable=True, unit="squared error or kilobytes, negative", range=(float("-inf"), 0.0))
+@declare(differentiable=True, unit="squared error", range=(float("-inf"), 0.0))
 class Compressibility(_Loss):
     """-||x - d(c(x))||^2 of images x and a JPEG codec: the more is kept, the higher; options as of its base.
 
@@ -54,7 +56,7 @@ class Compressibility(_Loss):
         return -self._loss(images)
 
 
-@declare(differentiable=True, unit="squared error or kilobytes", range=(0.0, float("inf")))
+@declare(differentiable=True, unit="squared error", range=(0.0, float("inf")))
 class Incompressibility(_Loss):
     """+||x - d(c(x))||^2: the opposite of `Compressibility`."""
 

@@ -163,7 +163,7 @@ def _inverse_dct(blocks: torch.Tensor, exact: bool) -> torch.Tensor:
     basis = _basis().to(blocks) * 8**0.5
     columns = _whole(basis.T @ blocks * 4, exact) / 4
     planes = _whole(columns @ basis / 8, exact).transpose(3, 4)
-    return planes.reshape(*planes.shape[:2], planes.shape[2] * BLOCK, -1)
+    return planes.reshape(*planes.shape[:2], planes.shape[2] * BLOCK, planes.shape[4] * BLOCK)
 
 
 @lru_cache

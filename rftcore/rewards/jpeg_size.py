@@ -19,7 +19,7 @@ _SHARPNESS = 4
 def size(images: torch.Tensor, quality: int, *, exact: bool = True) -> torch.Tensor:
     """Estimated kilobytes (B,), a thousand bytes each, of images (B, 3, H, W) in [0, 1], without the file's headers.
 
-    Counts, in each block of 8 by 8, the bits of the coefficients' magnitudes and the place of the last that is not zero;
+    Counts, in each block of 8 by 8, the bits of the coefficients' magnitudes and the place of the last that is not 0;
     of the first coefficient, what changes from block to block. Rows of blocks are taken in reading order, luma
     and chroma each for itself.
 

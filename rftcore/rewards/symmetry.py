@@ -17,7 +17,7 @@ _MAPS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 
 
-@declare(differentiable=True, unit="mean squared error, negative", range=(-1.0, 0.0))
+@declare(differentiable=True, unit="mean squared error", range=(-1.0, 0.0))
 def symmetry(
     images: torch.Tensor,
     prompts: Sequence[str],
