@@ -1,4 +1,4 @@
-"""A tiny text encoder and a tiny vision-language model of real classes, saved to disk, with a tokenizer of whole words."""
+"""A tiny text encoder and a tiny vision-language model on disk, of real classes, whose tokens are whole words."""
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors

@@ -76,8 +76,8 @@ class VlmAlignment(nn.Module):
             raise RewardSpecError(f"reward {NAME!r}: reference={reference!r} needs exactly one {{}} for the prompt")
         if min(max_new_tokens, images_at_once) < 1:
             raise RewardSpecError(
-                f"reward {NAME!r}: max_new_tokens={max_new_tokens} and images_at_once={images_at_once}; both must be at "
-                "least 1"
+                f"reward {NAME!r}: max_new_tokens={max_new_tokens} and images_at_once={images_at_once}; both must be "
+                "at least 1"
             )
         self.question, self.reference = question, reference
         self.max_new_tokens, self.images_at_once = max_new_tokens, images_at_once
