@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
-from torch import Tensor
+from torch import Tensor, nn
 
 from rftcore.training.errors import UsageError
 
@@ -129,16 +130,31 @@ def _encode(
     outputs = []
     seen = pipe.text_encoder.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:
-        embeddings, _ = pipe.encode_prompt(
-            prompt=prompts,
-            device=device,
-            num_images_per_prompt=1,
-            do_classifier_free_guidance=False,
-            clip_skip=clip_skip,
-        )
+        with _text_model(pipe.text_encoder):
+            embeddings, _ = pipe.encode_prompt(
+                prompt=prompts,
+                device=device,
+                num_images_per_prompt=1,
+                do_classifier_free_guidance=False,
+                clip_skip=clip_skip,
+            )
     finally:
         seen.remove()
     return {"prompt_embeds": embeddings}, outputs[0].pooler_output
+
+
+@contextmanager
+def _text_model(text_encoder: nn.Module) -> Iterator[None]:
+    """diffusers takes the last norm, for clip_skip, from inside a wrapper that transformers 5.6 has no more."""
+    if hasattr(text_encoder, "text_model"):
+        yield
+        return
+    # Not as a submodule: the model would be inside itself.
+    text_encoder.__dict__["text_model"] = text_encoder
+    try:
+        yield
+    finally:
+        del text_encoder.__dict__["text_model"]
 
 
 def _encode_xl(
