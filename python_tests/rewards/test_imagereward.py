@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from tiny_rewards import as_pil, assert_same, pixel_gradient
 from torch.nn.functional import gelu, interpolate, layer_norm, linear
 
@@ -171,6 +172,14 @@ def test_equals_the_original_one_image_at_a_time(folder, size, tolerance):
     torch.testing.assert_close(scores.double(), torch.tensor(expected, dtype=torch.float64), rtol=tolerance, atol=0)
     # The three prompts and images are told apart by far more than the tolerance.
     assert scores.std() > 0.1
+
+
+def test_a_safetensors_file_is_the_same(folder, tmp_path):
+    save_file(original_tensors(), tmp_path / "any.safetensors")
+    images = pictures(40, 40)
+    with torch.no_grad():
+        found = made(folder, model=str(tmp_path / "any.safetensors"))(images, PROMPTS)
+        assert torch.equal(found, made(folder)(images, PROMPTS))
 
 
 def test_text_matters(folder):

@@ -26,8 +26,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("owlvit")
     write_tokenizer(folder)
     tokenizer = CLIPTokenizer.from_pretrained(folder)
-    torch.manual_seed(0)
-    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40, "initializer_factor": 4.0}
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
     model = OwlViTForObjectDetection(
         OwlViTConfig(
             text_config={
@@ -43,15 +42,19 @@ def folder(tmp_path_factory):
             projection_dim=24,
         )
     )
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
+        # Not what a transformers version starts with.
+        for name, parameter in sorted(model.named_parameters()):
+            if "norm" not in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
         # Logits of about one, which tell boxes, queries and images apart.
-        model.class_head.dense0.weight.normal_(std=0.2)
         for layer, bias in ((model.class_head.logit_shift, 0.3), (model.class_head.logit_scale, 1.0)):
-            layer.weight.normal_(std=0.01)
+            layer.weight.mul_(0.05)
             layer.bias.fill_(bias)
         # Nearly constant over a patch: PIL's rounding to 8 bits, which the reward does not do, then averages out.
         patches = model.owlvit.vision_model.embeddings.patch_embedding.weight
-        patches.copy_(torch.randn(patches.shape[:2] + (1, 1)) * 1e-4 + torch.randn(patches.shape) * 5e-6)
+        patches.copy_((patches.mean(dim=(2, 3), keepdim=True) * 16 + patches / 20) * 5e-3)
     model.save_pretrained(folder)
     return folder
 
@@ -68,12 +71,12 @@ def pictures(height=96, width=81):
 
 def by_hand(folder, image):
     """Every box's probability for every query (boxes, Q) of one image, by PIL, the processor and the whole model."""
-    model = OwlViTForObjectDetection.from_pretrained(folder).double().eval()
+    model = OwlViTForObjectDetection.from_pretrained(folder).eval()
     tokenizer = CLIPTokenizer.from_pretrained(folder)
     ids = tokenizer(QUERIES, padding="max_length", max_length=12, return_tensors="pt")
     (picture,) = as_pil(image[None])
     processor = OwlViTImageProcessorPil(size={"height": SIDE, "width": SIDE})
-    pixels = torch.tensor(np.stack(processor(picture)["pixel_values"]), dtype=torch.float64)
+    pixels = torch.tensor(np.stack(processor(picture)["pixel_values"]))
     with torch.no_grad():
         return model(pixel_values=pixels, **ids).logits[0].double().sigmoid()
 
