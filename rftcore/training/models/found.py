@@ -61,8 +61,7 @@ def _replaced(name: str, model: nn.Module) -> list[str]:
             f"{name} has diffusers' hooks ({', '.join(hooks)}), which move, cast or skip what its gradient needs; load it "
             "without group offloading, layerwise casting and caches"
         )
-    forward = model.__dict__.get("forward")
-    if forward is not None and served(model) is None and "_original_forward" not in model.__dict__:
+    if _has_another_forward(model):
         found.append(f"{name}.forward was replaced (by DeepCache or its like), which its gradient would not know of")
     if (what := _quantised(model)) and not hooks:
         found.append(
@@ -75,12 +74,20 @@ def _replaced(name: str, model: nn.Module) -> list[str]:
                 "the UNet has an IP-Adapter or another projection of its conditioning, and prompts are its only one here; "
                 "call pipeline.unload_ip_adapter()"
             )
-        if any(getattr(module, "fused_projections", False) for module in model.modules()):
+        # Unfused, a module keeps its mark, and not its processor.
+        if any(type(getattr(module, "processor", None)).__name__.startswith("Fused") for module in model.modules()):
             found.append(
                 "the UNet's attention projections are fused, so that an adapter on to_q, to_k and to_v would do nothing; "
                 "call pipeline.unfuse_qkv_projections()"
             )
     return found
+
+
+def _has_another_forward(model: nn.Module) -> bool:
+    forward = model.__dict__.get("forward")
+    # accelerate leaves the model's own as an attribute when it takes its hooks away, and keeps it where it casts.
+    own = getattr(forward, "__func__", None) is type(model).forward
+    return not (forward is None or own or served(model) is not None or "_original_forward" in model.__dict__)
 
 
 def _quantised(model: nn.Module) -> str | None:
