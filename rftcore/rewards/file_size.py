@@ -13,7 +13,7 @@ from rftcore.rewards.reward import RewardSpecError, declare
 QUALITY = 95
 
 
-@declare(differentiable=False, unit="kilobytes", range=(0.0, float("inf")))
+@declare(differentiable=False, unit="kilobytes")
 def incompressibility(
     images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[dict] | None = None, *, quality: int = QUALITY
 ) -> torch.Tensor:
@@ -28,11 +28,11 @@ def incompressibility(
     return torch.tensor([_bytes(image, quality) / 1000 for image in pixels], device=images.device)
 
 
-@declare(differentiable=False, unit="kilobytes", range=(float("-inf"), 0.0))
+@declare(differentiable=False, unit="kilobytes")
 def compressibility(
     images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[dict] | None = None, *, quality: int = QUALITY
 ) -> torch.Tensor:
-    """The opposite of `incompressibility`."""
+    """Minus the kilobytes of images as JPEG files: the smaller they are, the higher; else as `incompressibility`."""
     return -incompressibility(images, prompts, metadata, quality=quality)
 
 

@@ -42,9 +42,9 @@ class _Loss:
         return (images - decoded(images, self.quality, exact=self.exact)).square().flatten(1).sum(1)
 
 
-@declare(differentiable=True, unit="squared error", range=(float("-inf"), 0.0))
+@declare(differentiable=True, unit="squared error")
 class Compressibility(_Loss):
-    """-||x - d(c(x))||^2 of images x and a JPEG codec: the more is kept, the higher; options as of its base.
+    """Minus what JPEG takes from images, -||x - d(c(x))||^2, or what they cost: the better they keep, the higher.
 
     *Source* Clark et al., Directly Fine-Tuning Diffusion Models on Differentiable Rewards (2024); its codec is Shin and
     Song's.
@@ -56,9 +56,9 @@ class Compressibility(_Loss):
         return -self._loss(images)
 
 
-@declare(differentiable=True, unit="squared error", range=(0.0, float("inf")))
+@declare(differentiable=True, unit="squared error")
 class Incompressibility(_Loss):
-    """+||x - d(c(x))||^2: the opposite of `Compressibility`."""
+    """What JPEG takes from images, ||x - d(c(x))||^2, or what they cost: the opposite of `Compressibility`."""
 
     def __call__(
         self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[dict] | None = None
