@@ -142,5 +142,5 @@ def test_column_of_a_hub_dataset(monkeypatch):
 
 def test_hub_dataset_without_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(PromptsError, match="pip install datasets"):
+    with pytest.raises(PromptsError, match=r"pip install rftcore\[datasets\]"):
         prompts.load("hf:owner/name:train:prompt")

@@ -108,13 +108,16 @@ def test_a_file_by_itself_by_folder_and_from_the_hub(tmp_path, offline):
         file("owner/name", "b.pth")
 
 
-def test_the_hub_is_asked_for_each_name_in_turn(monkeypatch, tmp_path):
+@pytest.mark.parametrize("reachable", [True, False])
+def test_the_hub_is_asked_for_each_name_in_turn(reachable, monkeypatch, tmp_path):
+    """Without network its cache is, which may hold one of them alone."""
+    kind = huggingface_hub.errors.EntryNotFoundError if reachable else huggingface_hub.errors.LocalEntryNotFoundError
     asked = []
 
     def download(repository, name, revision=None):
         asked.append((repository, name, revision))
         if name == "first.safetensors":
-            raise huggingface_hub.errors.EntryNotFoundError("not there")
+            raise kind("not there")
         return str(tmp_path / name)
 
     monkeypatch.setattr(checkpoints, "hf_hub_download", download)

@@ -6,8 +6,8 @@ import pytest
 import tiny
 import torch
 
-from rftcore.rewards import declare
-from rftcore.training import Trainer, UsageError
+from rftcore.rewards import RewardSpecError, declare
+from rftcore.training import RunError, Trainer, UsageError
 from rftcore.training.algorithm_configs import DdpoConfig
 from rftcore.training.parsing import build
 
@@ -73,3 +73,18 @@ def test_what_is_refused(groups, message, model, tmp_path):
     with pytest.raises(UsageError, match=message):
         Trainer(tiny.config(model, tmp_path / "run", **groups))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_that_fails_in_a_run_says_what_was_saved(model, tmp_path, monkeypatch):
+    """As one does whose server stops answering."""
+    calls = []
+
+    @declare(differentiable=True)
+    def served(images, prompts, metadata=None):
+        calls.append(len(images))
+        if len(calls) > 6:
+            raise RewardSpecError("http://localhost:1 does not answer")
+        return images.mean((1, 2, 3))
+
+    with pytest.raises(RunError, match=r"after step 2: http://localhost:1 does not answer\. .*checkpoint-2 is the last"):
+        Trainer(tiny.config(model, tmp_path / "run", checkpointing_steps=1), reward=served).train()

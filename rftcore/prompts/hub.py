@@ -21,8 +21,8 @@ def load(source: str) -> list[str]:
         from datasets import load_dataset
     except ImportError as error:
         raise PromptsError(
-            f"prompts {source!r} need the package `datasets`: pip install datasets. Or save the column to a .txt file, "
-            "one prompt a line, and give that"
+            f"prompts {source!r} need the package `datasets`: pip install rftcore[datasets]. Or save the column to a "
+            ".txt file, one prompt a line, and give that"
         ) from error
     try:
         dataset = load_dataset(name, *config, split=split)

@@ -95,15 +95,20 @@ def file(reward: str, option: str, place: str | Path, *names: str, revision: str
         raise _error(reward, option, place, f"the folder holds no {' or '.join(names)}")
     if not _is_hub_name(place):
         raise _error(reward, option, place, f"there is no such file or folder; {_put(reward, option)}")
+    unreachable: tuple[str, Exception] | None = None
     for name in names:
         try:
             return Path(hf_hub_download(place, name, revision=revision))
         except LocalEntryNotFoundError as error:
-            raise _error(reward, option, place, _why(reward, option, place, error, name, revision)) from error
+            # The cache may hold another one of the names.
+            unreachable = unreachable or (name, error)
         except EntryNotFoundError:
             continue
         except (OSError, ValueError) as error:
             raise _error(reward, option, place, _why(reward, option, place, error, name, revision)) from error
+    if unreachable is not None:
+        name, cause = unreachable
+        raise _error(reward, option, place, _why(reward, option, place, cause, name, revision)) from cause
     raise _error(reward, option, place, f"the hub's repository holds no {' or '.join(names)}")
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
+from rftcore.rewards import RewardSpecError
 from rftcore.sampling import Plan, RewardError
 from rftcore.training import checkpoint, weights
 from rftcore.training.accounting import GIB, peak_gib
@@ -119,7 +120,7 @@ class _Measurement:
                 f"reward.images_per_call={config.reward.images_per_call}, eval.batch_size={config.eval.batch_size} or "
                 f"sampling.resolution, or set mixed_precision=bf16 ({error})"
             ) from error
-        except RewardError as error:
+        except (RewardError, RewardSpecError) as error:
             raise RunError(str(error)) from error
 
     def _run(self) -> Figures:

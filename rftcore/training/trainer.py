@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 
+from rftcore.rewards import RewardSpecError
 from rftcore.sampling import RewardError
 from rftcore.training import (
     assembly,
@@ -172,10 +173,12 @@ class Trainer:
                 results = self._finish()
                 self._tell("on_train_end", results)
                 return results
-        except RewardError as error:
+        # The second is a reward's own, such as one whose server stopped answering.
+        except (RewardError, RewardSpecError) as error:
             saved = checkpoint.folders(self.directory.path)
             last_saved = f"{saved[-1]} is the last checkpoint" if saved else "no checkpoint was saved yet"
-            raise RunError(f"after step {self.progress.step}: {error} {last_saved}") from error
+            reason = str(error).rstrip(".")
+            raise RunError(f"after step {self.progress.step}: {reason}. {last_saved}") from error
         finally:
             self.bar.close()
 
