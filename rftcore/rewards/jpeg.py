@@ -21,7 +21,8 @@ class _Loss:
         quality: JPEG's, 1 to 100. The paper's is not known; at 50 its tables are the standard's own, so coarse that
             most images have something to lose.
         measure: "reconstruction" is the paper's ||x - d(c(x))||^2, the squared error of the decoded image, summed over
-            pixels in [0, 1] and channels; "size" is the file's estimated size without its headers, in kilobytes.
+            pixels in [0, 1] and channels; "size" is the file's estimated size without its headers, in kilobytes. Their
+            rank correlations with real files' sizes are 0.65 to 0.95 and 0.98 to 1.00: python -m benchmarks.jpeg.
         exact: values are those of quantised images and only the gradient is smoothed; False: values are smoothed too,
             as those of the codec that the paper names.
 

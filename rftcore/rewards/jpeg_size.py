@@ -25,7 +25,7 @@ def size(images: torch.Tensor, quality: int, *, exact: bool = True) -> torch.Ten
 
     Args:
         exact: values are those of quantised coefficients, as in a file, and only the gradient is of a smooth function;
-            False: values are that function's too.
+            False: values are that function's too, and follow real sizes a little less well.
 
     *Raises* RewardSpecError, as `jpeg_codec.decoded`.
     """
