@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffusers
 import torch
@@ -19,40 +19,21 @@ from tqdm import tqdm
 
 import rftcore
 from rftcore import prompts as prompt_sources
+from rftcore import sample_grid
 from rftcore.lora import files, loading
-from rftcore.sample_options import INTERPOLATION, SCHEDULERS, SampleOptions
+from rftcore.sample_grid import Column, Item, Sheet
+from rftcore.sample_options import SCHEDULERS, SampleOptions
 from rftcore.sampling import CheckpointedSampler, decode
 from rftcore.training import environment, pipeline
-from rftcore.training.batches import derived_seed
 from rftcore.training.config import ModelConfig, SamplingConfig
 from rftcore.training.errors import RunError, UsageError
-from rftcore.training.evaluation import grids
 from rftcore.training.prompt_inputs import PromptInputs
 
 METADATA, GRID = "metadata.json", "grid.png"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_GRID_ROWS, _GRID_COLUMNS = 16, 8
 _GUIDANCE = 7.5
 # Of a config's key in a message, this command's flag.
 _KEY = re.compile(r"\b(?:model|sampling)\.(\w+)(=?)")
-
-
-class _Column(NamedTuple):
-    """What is sampled with one setting of the LoRAs: its title in the grid, and each LoRA's scale."""
-
-    title: str
-    scales: list[float]
-
-
-class _Item(NamedTuple):
-    """One image to sample: image `image` of prompt `prompt` in column `column`, all from 0."""
-
-    prompt: int
-    image: int
-    column: int
-    text: str
-    seed: int
-    file: str
 
 
 def sample(options: SampleOptions) -> Path:
@@ -71,90 +52,63 @@ def sample(options: SampleOptions) -> Path:
     folder = Path(options.output_dir)
     _check_free(folder)
     loras = [files.parse(argument) for argument in options.lora or ()]
-    columns = _columns(options, [lora.scale for lora in loras])
+    columns = sample_grid.columns(options, [lora.scale for lora in loras])
     given = options.prompt if options.prompts is None else options.prompts
     prompts = None if given is None else prompt_sources.load(given)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipe = _load(options).to(device)
-    if prompts is None and not pipeline.unconditional(pipe):
-        raise UsageError('there are no prompts; give --prompt "a text" or --prompts file.txt')
-    if prompts is not None and pipeline.unconditional(pipe):
-        raise UsageError(f"the {type(pipe).__name__} takes no prompt; leave --prompt and --prompts out")
+    _check_prompts(pipe, prompts)
+    sheet = Sheet(prompts or [""], columns, options)
     config = _sampling(pipe, options)
+    changed = loading.load(pipe, loras)
     with _told_as_flags():
         pipeline.check_sampling(pipe, config)
         size = pipeline.sample_size(pipe, config)
-    changed = loading.load(pipe, loras)
+        # Only a text encoder's LoRA makes of one prompt another for each column.
+        encoded = _encode(pipe, sheet.prompts, config, size, columns if set(changed) - {"unet"} else columns[:1])
     sampler = _sampler(pipe, options, config)
-    prompts = prompts or [""]
-    with _told_as_flags():
-        encoded = _encode(pipe, prompts, config, size, columns if set(changed) - {"unet"} else columns[:1])
     rftcore.accelerate(pipe.unet)
     if pipeline.vae(pipe) is not None:
         rftcore.accelerate(pipe.vae)
-    items = _items(prompts, options, columns)
     folder.mkdir(parents=True, exist_ok=True)
-    shown: dict[tuple[int, int], Image.Image] = {}
     try:
-        with tqdm(total=len(items), unit="image", disable=None) as bar:
-            for number, column in enumerate(columns):
-                loading.set_scales(pipe, column.scales)
-                inputs = encoded[number if len(encoded) > 1 else 0]
-                for item, image in _images(pipe, sampler, inputs, size, items[number :: len(columns)], options):
-                    image.save(folder / item.file)
-                    if (place := _place(item, options, columns)) is not None:
-                        shown[place] = image
-                    bar.update()
+        shown = _write_images(pipe, sampler, encoded, size, sheet, folder)
     except torch.OutOfMemoryError as error:
         raise RunError(
             f"{device} ran out of memory with --batch_size {options.batch_size}; lower it, or --resolution, or give "
             f"--dtype bf16 ({error})"
         ) from error
-    captions = prompts if not options.columns else [text for text in prompts for _ in range(options.images_per_prompt)]
-    grids.table(captions, shown, [column.title for column in columns] if options.columns else ()).save(folder / GRID)
+    sheet.grid(shown).save(folder / GRID)
     record = {
         "settings": _settings(options, sampler),
         "environment": environment.describe(processes=1),
-        "images": [_described(item, columns) for item in items],
+        "images": [sheet.described(item) for item in sheet.items],
     }
     (folder / METADATA).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return folder
 
 
-def _columns(options: SampleOptions, scales: list[float]) -> list[_Column]:
-    """One with the scales as they are, or one for each of --lora_scales."""
-    if options.interpolate:
-        first, second = scales
-        return [
-            _Column(f"{share:g}", [(1 - share) * first, share * second])
-            for share in options.lora_scales or INTERPOLATION
-        ]
-    if options.lora_scales is None:
-        return [_Column("", scales)]
-    return [_Column(f"LoRA x {factor:g}", [factor * scale for scale in scales]) for factor in options.lora_scales]
-
-
-def _items(prompts: Sequence[str], options: SampleOptions, columns: Sequence[_Column]) -> list[_Item]:
-    """Every image, the columns of one noise together."""
-    items = []
-    for p, text in enumerate(prompts):
-        for i in range(options.images_per_prompt):
-            seed = derived_seed(options.seed, "sample", p, i)
-            for c in range(len(columns)):
-                ending = f"-{c:02d}" if options.columns else ""
-                items.append(_Item(p, i, c, text, seed, f"{p:05d}-{i:03d}{ending}.png"))
-    return items
-
-
-def _place(item: _Item, options: SampleOptions, columns: Sequence[_Column]) -> tuple[int, int] | None:
-    """Column and row in the grid; None for an image that is not shown.
-
-    With columns of scales a row is one noise of one prompt, and all columns are shown; else a row is a prompt.
-    """
-    if options.columns:
-        row = item.prompt * options.images_per_prompt + item.image
-        return (item.column, row) if row < _GRID_ROWS else None
-    return (item.image, item.prompt) if item.prompt < _GRID_ROWS and item.image < _GRID_COLUMNS else None
+def _write_images(
+    pipe: DiffusionPipeline,
+    sampler: CheckpointedSampler,
+    encoded: Sequence[PromptInputs],
+    size: int | tuple[int, int],
+    sheet: Sheet,
+    folder: Path,
+) -> dict[tuple[int, int], Image.Image]:
+    """Saves every image as it is done; returns those of the grid, by their place."""
+    items, shown = sheet.items, {}
+    with tqdm(total=len(items), unit="image", disable=None) as bar:
+        for number, column in enumerate(sheet.columns):
+            loading.set_scales(pipe, column.scales)
+            inputs = encoded[number if len(encoded) > 1 else 0]
+            of_column = [item for item in items if item.column == number]
+            for item, image in _images(pipe, sampler, inputs, size, of_column, sheet.options):
+                image.save(folder / item.file)
+                if (place := sheet.place(item)) is not None:
+                    shown[place] = image
+                bar.update()
+    return shown
 
 
 @torch.no_grad()
@@ -163,9 +117,9 @@ def _images(
     sampler: CheckpointedSampler,
     inputs: PromptInputs,
     size: int | tuple[int, int],
-    items: Sequence[_Item],
+    items: Sequence[Item],
     options: SampleOptions,
-) -> Iterator[tuple[_Item, Image.Image]]:
+) -> Iterator[tuple[Item, Image.Image]]:
     for start in range(0, len(items), options.batch_size):
         batch = items[start : start + options.batch_size]
         noise = [torch.Generator().manual_seed(item.seed) for item in batch]
@@ -180,7 +134,7 @@ def _encode(
     prompts: Sequence[str],
     config: SamplingConfig,
     size: int | tuple[int, int],
-    columns: Sequence[_Column],
+    columns: Sequence[Column],
 ) -> list[PromptInputs]:
     """The prompts for each column: the scales of a text encoder's LoRA change them."""
     encoders = {name: getattr(pipe, name) for name in ("text_encoder", "text_encoder_2") if hasattr(pipe, name)}
@@ -217,6 +171,13 @@ def _load(options: SampleOptions) -> DiffusionPipeline:
         pipe = pipeline.load(config, _DTYPES[options.dtype])
     pipe.unet.requires_grad_(False).eval()
     return pipe
+
+
+def _check_prompts(pipe: DiffusionPipeline, prompts: Sequence[str] | None) -> None:
+    if prompts is None and not pipeline.unconditional(pipe):
+        raise UsageError('there are no prompts; give --prompt "a text" or --prompts file.txt')
+    if prompts is not None and pipeline.unconditional(pipe):
+        raise UsageError(f"the {type(pipe).__name__} takes no prompt; leave --prompt and --prompts out")
 
 
 @contextlib.contextmanager
@@ -268,17 +229,6 @@ def _sampler(pipe: DiffusionPipeline, options: SampleOptions, config: SamplingCo
 def _to_image(image: Tensor) -> Image.Image:
     pixels = (image.float().clamp(0, 1) * 255).round().to(torch.uint8)  # (3, H, W)
     return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
-
-
-def _described(item: _Item, columns: Sequence[_Column]) -> dict[str, Any]:
-    return {
-        "file": item.file,
-        "prompt": item.text,
-        "prompt_index": item.prompt,
-        "image_index": item.image,
-        "noise_seed": item.seed,
-        "lora_scales": columns[item.column].scales,
-    }
 
 
 def _settings(options: SampleOptions, sampler: CheckpointedSampler) -> dict[str, Any]:

@@ -85,22 +85,14 @@ def write(lora: Lora, path: Path, layout: str = "diffusers", force: bool = False
     Raises: UsageError where something is there and `force` is not given, or the layout does not know a layer.
     """
     check_free(path, layout, force)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as name:
-        temporary = Path(name)
-        if layout == "peft":
-            path.mkdir(exist_ok=True)
-            for component in lora.components:
-                # One component needs no subfolder, unless it is one that its keys do not tell.
-                inner = Path(component if len(lora.components) > 1 or component == "text_encoder_2" else ".")
-                _write_peft(lora, component, temporary / inner)
-                (path / inner).mkdir(exist_ok=True)
-                for file in (PEFT_FILE, CONFIG_FILE):
-                    os.replace(temporary / inner / file, path / inner / file)
-            return path
-        state, metadata = layouts.to_kohya(lora, path) if layout == "kohya" else layouts.to_diffusers(lora)
-        _save(state, temporary / path.name, metadata)
-        os.replace(temporary / path.name, path)
+    if layout == "peft":
+        # One component needs no subfolder, unless it is one that its keys do not tell.
+        alone = lora.components in (["unet"], ["text_encoder"])
+        for component in lora.components:
+            _write_peft(lora, component, path if alone else path / component)
+        return path
+    state, metadata = layouts.to_kohya(lora, path) if layout == "kohya" else layouts.to_diffusers(lora)
+    _write_file(state, path, metadata)
     return path
 
 
@@ -153,14 +145,14 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _write_peft(lora: Lora, component: str, folder: Path) -> None:
     state, config = layouts.to_peft(lora, component)
-    folder.mkdir(parents=True, exist_ok=True)
-    _save(state, folder / PEFT_FILE, {**lora.metadata, "format": "pt"})
+    _write_file(state, folder / PEFT_FILE, {**lora.metadata, "format": "pt"})
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _save(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    save_file({key: value.detach().cpu().contiguous() for key, value in state.items()}, path, metadata=metadata)
-    # As readable as any other file of the user: a temporary folder's content is not.
-    umask = os.umask(0)
-    os.umask(umask)
-    path.chmod(0o666 & ~umask)
+def _write_file(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Whole or not at all: written beside, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        temporary = Path(folder) / path.name
+        save_file({key: value.detach().contiguous() for key, value in state.items()}, temporary, metadata=metadata)
+        os.replace(temporary, path)
