@@ -100,6 +100,41 @@ def test_images_are_those_of_the_pipelines_own_call(folders, kind, negative):
     assert pipe.text_encoder is None and getattr(pipe, "text_encoder_2", None) is None
 
 
+@pytest.mark.parametrize("kind", ["sd2", "turbo", "lcm"])
+def test_images_of_settings_of_their_own_are_those_of_the_pipelines_own_call(tmp_path, kind):
+    """v-prediction, trailing times without guidance, and a guidance scale that the UNet is told; 4 steps."""
+    config = SamplingConfig(num_inference_steps=4, **tiny_models.SAMPLING[kind])
+    stock, pipe = (tiny_models.VARIANT_BUILDERS[kind](tmp_path) for _ in range(2))
+    stock.scheduler = pipeline.scheduler(stock, config)
+    assert stock.scheduler.config.get("timestep_spacing") == ("trailing" if kind == "turbo" else "leading")
+    stock.set_progress_bar_config(disable=True)
+    noise = torch.randn(2, 4, 8, 8)
+
+    def seeds():
+        return [torch.Generator().manual_seed(seed) for seed in (1, 2)]
+
+    theirs = stock(
+        prompt=PROMPTS,
+        latents=noise,
+        generator=seeds(),
+        height=16,
+        width=16,
+        num_inference_steps=4,
+        guidance_scale=config.guidance_scale,
+        output_type="latent",
+    ).images
+    inputs = pipeline.encode_prompts(pipe, PROMPTS, "", CPU, 8)
+    sampler = rftcore.CheckpointedSampler(
+        pipe.unet,
+        pipeline.scheduler(pipe, config),
+        num_inference_steps=4,
+        guidance_scale=config.guidance_scale,
+        backprop_steps=0,
+    )
+    ours = sampler(**inputs.batch(PROMPTS), latents=noise, generator=seeds()).latents
+    assert torch.linalg.norm(ours - theirs) < 1e-5 * torch.linalg.norm(theirs)
+
+
 def test_images_of_pixels_are_those_of_the_pipelines_own_call(folders):
     config = sampling("pixels")
     stock = load(folders["pixels"])
