@@ -149,6 +149,19 @@ def test_other_dtypes_are_near(folder, reward, dtype):
     assert pixel_gradient(low, images, PROMPTS).abs().sum() > 0
 
 
+@pytest.mark.parametrize("factor", [1e4, 1.0, 1e-6])
+def test_fp16_has_a_gradient_of_any_size(folder, reward, factor):
+    """Without scaling, 1e4 of it overflows, and of 1e-6 nothing is left."""
+    images = eight_bit_images(2, 50, 40)
+    low = ClipScore(folder, dtype="fp16")
+    wanted = pixel_gradient(reward, images, PROMPTS[:2])
+    found = pixel_gradient(lambda *given: factor * low(*given), images, PROMPTS[:2]) / factor
+    assert (found - wanted).norm() < 0.01 * wanted.norm()
+    # A row without a gradient, beside one with it.
+    alone = pixel_gradient(lambda *given: low(*given)[:1], images, PROMPTS[:2])
+    assert torch.equal(alone[1], torch.zeros_like(alone[1])) and alone[0].any()
+
+
 def test_it_is_frozen_copied_and_declared(folder, reward):
     assert not any(p.requires_grad for p in reward.parameters()) and not reward.clip.model.training
     images = eight_bit_images(1, 40, 40)

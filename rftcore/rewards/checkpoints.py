@@ -22,6 +22,10 @@ from rftcore.rewards.reward import RewardSpecError
 
 SAFETENSORS = (".safetensors",)
 PICKLED = (".bin", ".pt", ".pth")
+_HOW_TO_CONVERT = (
+    ". Nothing else is unpickled, as that runs the file's code: where it comes from someone you trust, load it once "
+    "yourself (torch.load with weights_only=False) and give what safetensors.torch.save_file writes of its tensors"
+)
 # One of these makes a tokenizer. transformers 5 makes an empty one where there is none, and says nothing.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 
@@ -129,7 +133,8 @@ def tensors(path: str | Path, reward: str, option: str) -> dict[str, Tensor]:
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        raise _error(reward, option, path, f"it does not read as tensors: {_first_line(error)}") from error
+        hint = "" if path.suffix in SAFETENSORS else _HOW_TO_CONVERT
+        raise _error(reward, option, path, f"it does not read as tensors: {_first_line(error)}{hint}") from error
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     if not isinstance(found, dict) or not found:

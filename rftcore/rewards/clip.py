@@ -15,7 +15,7 @@ from transformers import CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 from rftcore.rewards import checkpoints
 from rftcore.rewards.preprocessing import clip_input
 from rftcore.rewards.reward import RewardSpecError
-from rftcore.rewards.towers import checkpoint_layers, freeze
+from rftcore.rewards.towers import checkpoint_layers, freeze, through_fp16
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Prompts whose features are kept: a few MiB of them.
@@ -59,11 +59,14 @@ class Clip(nn.Module):
     def pixel_features(self, pixels: Tensor) -> Tensor:
         """As `image_features`, of what has been prepared, (B, 3, size, size)."""
         with torch.autocast(pixels.device.type, enabled=False):
-            if isinstance(self.model, CLIPVisionModelWithProjection):
-                features = self.model(pixel_values=pixels).image_embeds
-            else:
-                features = pooled(self.model.get_image_features(pixel_values=pixels))
-            return _unit(features)
+            if self.model.dtype is torch.float16:
+                return F.normalize(through_fp16(self._features, pixels), dim=-1)
+            return F.normalize(self._features(pixels), dim=-1)
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        if isinstance(self.model, CLIPVisionModelWithProjection):
+            return _widened(self.model(pixel_values=pixels).image_embeds)
+        return _widened(pooled(self.model.get_image_features(pixel_values=pixels)))
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Features (B, D) of length 1, in fp32, of prompts, cut off where CLIP's text ends; they have no gradient."""
@@ -94,7 +97,7 @@ class Clip(nn.Module):
             return_tensors="pt",
         )["input_ids"].to(device)
         with torch.autocast(device.type, enabled=False):
-            return _unit(pooled(self.model.get_text_features(input_ids=ids)))[0]
+            return F.normalize(_widened(pooled(self.model.get_text_features(input_ids=ids))), dim=-1)[0]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Clip:
         # Moved, or cast: the features are of another device, or of another model.
@@ -138,6 +141,5 @@ def pooled(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
-def _unit(features: Tensor) -> Tensor:
-    """Of length 1, in fp32 at least."""
-    return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+def _widened(features: Tensor) -> Tensor:
+    return features.to(torch.promote_types(features.dtype, torch.float32))

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 Module = TypeVar("Module", bound=nn.Module)
+
+# What the largest gradient of an image's features becomes: fp16 ends at 65504, and is exact above 6e-5.
+_LARGEST = 2.0**4
 
 
 def freeze(module: Module) -> Module:
@@ -26,6 +30,51 @@ def checkpoint_layers(layers: Iterable[nn.Module]) -> None:
     """
     for layer in layers:
         layer.forward = functools.partial(_recomputed, layer)
+
+
+def through_fp16(function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
+    """function(inputs), whose backward computes at a size that fp16 holds, however small or large its gradients are.
+
+    Each row's gradient is multiplied by a power of two before the function's own backward, and divided by it after.
+
+    Args:
+        function: of fp32 (B, ...), computes in fp16 and gives fp32 (B, ...); rows do not mix.
+    """
+    scales: list[Tensor] = []
+    return _Raised.apply(function(_Lowered.apply(inputs, scales)), scales)
+
+
+class _Raised(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, outputs: Tensor, scales: list[Tensor]) -> Tensor:
+        ctx.scales = scales
+        return outputs.view_as(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        largest = gradient.flatten(1).abs().amax(1)
+        scale = torch.exp2(torch.floor(torch.log2(_LARGEST / largest)))
+        # A row of zeros, or of NaN, stays what it is.
+        scale = torch.where(scale.isfinite() & (scale > 0), scale, torch.ones_like(scale))
+        ctx.scales[:] = [scale]
+        return gradient * _over_rows(scale, gradient), None
+
+
+class _Lowered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, inputs: Tensor, scales: list[Tensor]) -> Tensor:
+        ctx.scales = scales
+        return inputs.view_as(inputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient / _over_rows(ctx.scales[0], gradient), None
+
+
+def _over_rows(scale: Tensor, like: Tensor) -> Tensor:
+    return scale.view(-1, *[1] * (like.ndim - 1))
 
 
 def _recomputed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
