@@ -28,6 +28,7 @@ from rftcore import cli, digits, sample_command
 from rftcore.digits.vocabulary import write_tokenizer
 from rftcore.lora import files, loading
 from rftcore.lora.layers import Layer, Lora
+from rftcore.lora.mix import mix
 from rftcore.sample_options import SCHEDULERS, SampleOptions
 from rftcore.training import weights as training_weights
 from rftcore.training.algorithm_configs import DraftConfig
@@ -108,6 +109,11 @@ def test_the_images_of_diffusers_with_two_loras(tmp_path, loras):
     pipe.set_adapters(["x", "y"], [0.7, 1.0])
     expected = by_diffusers(pipe, record, negative_prompt="a five")
     assert len(found) == 4 and largest_difference(found, expected) <= 1
+    mixed = stock()
+    parsed = [files.parse(argument) for argument in arguments]
+    mixture = mix([(str(path), files.read(path), weight) for path, weight in parsed])
+    mixed.load_lora_weights(files.write(mixture.lora, tmp_path / "mixed.safetensors"))
+    assert largest_difference(by_diffusers(mixed, record, negative_prompt="a five"), expected) <= 1
     pipe.set_adapters(["x", "y"], [1.0, 1.0])
     assert largest_difference(by_diffusers(pipe, record, negative_prompt="a five"), expected) > 8
     merged, _ = sample(

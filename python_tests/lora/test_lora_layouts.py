@@ -4,19 +4,21 @@ import json
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
-from diffusers.utils import convert_state_dict_to_diffusers
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_loras import assert_same_changes, assert_same_layers, changes, loaded_changes, make
+from torch import nn
 
 from rftcore.lora import files, kohya_names, layouts
 from rftcore.lora.files import LoraFile
 from rftcore.lora.layers import Layer, Lora, base, split
 from rftcore.lora.loading import load
+from rftcore.published import UNETS
 from rftcore.training.errors import UsageError
 
 
@@ -140,6 +142,22 @@ def test_published_kohya_names():
     ):
         with pytest.raises(ValueError):
             kohya_names.from_kohya(wrong)
+
+
+@pytest.mark.parametrize("kind", UNETS)
+def test_every_layer_of_the_published_unets_has_a_kohya_name(kind):
+    """Each its own, the one that diffusers' converter reads as this layer."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**UNETS[kind])
+    modules = [name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    names = [kohya_names.to_kohya("unet", module, xl=kind == "sdxl") for module in modules]
+    assert len(set(names)) == len(modules)
+    assert [kohya_names.from_kohya(name) for name in names] == [("unet", module) for module in modules]
+    state = {f"{name}.lora_{part}.weight": torch.tensor(n) for n, name in enumerate(names) for part in ("down", "up")}
+    found, _ = StableDiffusionXLPipeline.lora_state_dict(state, unet_config=unet.config)
+    found = convert_unet_state_dict_to_peft({key.removeprefix("unet."): value for key, value in found.items()})
+    assert found.keys() == {f"{module}.lora_{part}.weight" for module in modules for part in "AB"}
+    assert all(modules[value] == key.partition(".lora_")[0] for key, value in found.items())
 
 
 def test_peft_reads_what_we_write(make_pipeline, shapes, tmp_path):
