@@ -64,7 +64,9 @@ def test_a_recipe_says_what_flags_would(recipe, model):
         reward_memory="1MiB", context_memory="0.7GiB", evaluated_at_once=8,
     )  # fmt: skip
     ours, theirs = predict(options), predict(by_hand)
-    assert ours == theirs and ours.plan.batch == 2 and ours.plan.differentiated == 2
+    for part in ("plan", "held", "taken", "peak_bytes", "flops"):
+        assert getattr(ours, part) == getattr(theirs, part)
+    assert ours.plan.batch == 2 and ours.plan.differentiated == 2
     assert ours.held["context"] == int(0.7 * 2**30) and ours.taken["or, at another time, evaluating"] > 0
     assert path in describe(options, ours) and "the CUDA context, and" not in describe(options, ours)
     # What comes after the recipe overrides it.
@@ -82,19 +84,15 @@ def test_a_policy_gradients_parts(recipe):
     step = made.taken["or, a step that is scored again"]
     assert made.peak_bytes == sum(made.held.values()) + max(2 * made.taken["states of an epoch"], made.taken[
         "states of an epoch"] + max(step, made.plan.peak_bytes))  # fmt: skip
-    more = predict(asked("--recipe", options.recipe, "--trained_at_once", "8", "--device-memory", "1GiB",
-                         "--reward_memory", "0"))  # fmt: skip
-    assert 1.5 * step < more.taken["or, a step that is scored again"] < 2 * step
     assert "to sample and decode 2 images" in describe(options, made)
 
 
-def test_without_a_budget_it_is_what_a_run_would_take(recipe):
+@pytest.mark.parametrize("given", [None, pytest.param("3MiB", marks=pytest.mark.slow)])
+def test_without_a_budget_it_is_what_a_run_would_take(recipe, given):
     flags = ("--device-memory", "1GiB", "--reward_memory", "1MiB")
-    made = predict(asked("--recipe", recipe(memory={}), *flags))
+    made = predict(asked("--recipe", recipe(memory={"reserve": given} if given else {}), *flags))
     free = 2**30 - sum(made.held.values())
-    assert made.plan.budget == free and made.plan.reserve == free // 2
-    made = predict(asked("--recipe", recipe(memory={"reserve": "3MiB"}), *flags))
-    assert made.plan.reserve == 3 * MIB
+    assert made.plan.budget == free and made.plan.reserve == (3 * MIB if given else free // 2)
 
 
 def test_a_unet_that_is_told_its_scale_has_one_branch(recipe, model, tmp_path):

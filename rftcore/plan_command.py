@@ -43,8 +43,9 @@ class Prediction:
         peak_bytes: on the device.
         decoder_level: what the decoder makes again.
         flops: of the step, decoding included and the reward not.
-        largest_batch: that fits, where every step is replayed one image at a time.
-        largest_k: how many steps of this batch can be stored, where that is fewer FLOPs than replaying some or not.
+        largest_batch: that fits, where every step is replayed one image at a time; 0 for a recipe, which has its own.
+        largest_k: how many steps of this batch can be stored, where that is fewer FLOPs than replaying some or not;
+            likewise.
     """
 
     size: int
@@ -88,13 +89,15 @@ def predict(options: PlanOptions) -> Prediction:
     planner = Planner(
         simulation, options.batch, GradientPath.last(options.backprop_steps, options.steps).effective_modes
     )
-    levels = _DECODER_LEVELS if planner.steps else _DECODER_LEVELS[:1]
+    device = None if options.device_memory is None else _bytes("--device-memory", options.device_memory)
+    # A run says its budget, or takes what is free, and leaves the decoder as it is.
+    as_run = device is None or options.memory_budget is not None or options.recipe is not None
+    levels = _DECODER_LEVELS if planner.steps and not as_run else _DECODER_LEVELS[:1]
     images, gradient = min(options.images_per_call, options.batch), bool(planner.steps)
     decoders = {level: decoding(vae, size, size, images=images, level=level, gradient=gradient) for level in levels}
 
     plans: dict[str, Plan] = {}
-    device = None if options.device_memory is None else _bytes("--device-memory", options.device_memory)
-    if device is None or options.memory_budget is not None or options.recipe is not None:
+    if as_run:
         available, reserve = _settled(options, None if device is None else device - sum(held.values()))
         # Only what waits for its backward is in the way of decoding.
         reserve = reserve if planner.steps else 0
@@ -129,8 +132,9 @@ def predict(options: PlanOptions) -> Prediction:
         # They are joined once all are there: for a moment there are two of each.
         peak = max(states + peak, 2 * states, states + step)
     if options.evaluated_at_once:
-        evaluated = Planner(simulation, options.evaluated_at_once, ("none",) * options.steps)
-        taken["or, at another time, evaluating"] = max(evaluated.least().values())
+        # States, their stack, and what a step has besides, as the planner counts them.
+        states = (2 * options.steps + 6) * simulation.latent_bytes(options.evaluated_at_once)
+        taken["or, at another time, evaluating"] = states + simulation.forward(options.evaluated_at_once).peak
         peak = max(peak, taken["or, at another time, evaluating"])
     peak += sum(held.values())
     if device is not None and peak > device:
@@ -147,8 +151,10 @@ def predict(options: PlanOptions) -> Prediction:
         peak_bytes=peak,
         decoder_level=level,
         flops=flops[level],
-        largest_batch=_largest_batch(planner, available, min(reserves.values())),
-        largest_k=min(options.steps, planner.longest(available, reserves[level])) if planner.steps else 0,
+        largest_batch=0 if options.recipe else _largest_batch(planner, available, min(reserves.values())),
+        largest_k=min(options.steps, planner.longest(available, reserves[level]))
+        if planner.steps and not options.recipe
+        else 0,
     )
 
 
@@ -171,19 +177,19 @@ def describe(options: PlanOptions, prediction: Prediction) -> str:
         "",
     ]
     if policy:
-        return "\n".join(
-            [*lines, f"FLOPs: {prediction.flops / 1e12:.1f} T to sample and decode {options.batch} images"]
-        )
+        lines.append(f"FLOPs: {prediction.flops / 1e12:.1f} T to sample and decode {options.batch} images")
+        return "\n".join(lines)
+    lines.append(
+        f"FLOPs: {prediction.flops / 1e12:.1f} T a training step; decoder and gradients included, the reward not"
+    )
+    if options.recipe:
+        return "\n".join(lines)
+    stored = f"; {prediction.largest_k} of {options.steps} steps of this batch without replay"
     lines += [
-        f"FLOPs: {prediction.flops / 1e12:.1f} T a training step; decoder and gradients included, the reward not",
         f'use: CheckpointedSampler(..., memory_budget="{plan.budget // 2**20}MiB"), '
         f'rftcore.accelerate(vae, recompute="{prediction.decoder_level}")',
         f"fits at most: a batch of {prediction.largest_batch} (steps replayed, an image at a time)"
-        + (
-            f"; {prediction.largest_k} of {options.steps} steps of this batch without replay"
-            if plan.differentiated
-            else ""
-        ),
+        + (stored if plan.differentiated else ""),
     ]
     return "\n".join(lines)
 
