@@ -25,8 +25,8 @@ _KEPT_PROMPTS = 4096
 class Clip(nn.Module):
     """A frozen CLIP model with its tokenizer.
 
-    Its values do not depend on a caller's autocast, nor on which images or prompts come together: prompts are encoded
-    one by one, such that a run that goes on from a checkpoint, whose cache is empty, sees the same bits.
+    A caller's autocast does not change its values. Prompts are encoded one by one, whichever come together, such that
+    a run that goes on from a checkpoint, whose cache is empty, sees the same bits.
 
     Args:
         model: transformers' CLIPModel, or its CLIPVisionModelWithProjection, which has no text.
