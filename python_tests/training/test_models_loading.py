@@ -1,5 +1,7 @@
 """Variants, another VAE, LoRAs that are fused in, and weights that are broken."""
 
+import shutil
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
@@ -117,6 +119,54 @@ def test_loras_that_do_not_fit(folders, tmp_path):
         load(folders["sd"], fuse_lora=[str(file)])
 
 
+FILES = {"unet": "diffusion_pytorch_model.safetensors", "vae": "diffusion_pytorch_model.safetensors"}
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder_2"])
+def test_weights_that_a_folder_lacks_are_not_made_up(folders, tmp_path, component):
+    shutil.copytree(folders["sdxl"], tmp_path, dirs_exist_ok=True)
+    file = tmp_path / component / FILES.get(component, "model.safetensors")
+    state = load_file(file)
+    lost = sorted(state)[-1]
+    save_file({key: value for key, value in state.items() if key != lost}, file, metadata={"format": "pt"})
+    with pytest.raises(
+        UsageError, match=f"{component} lacks 1 weights of its .*, {lost.removeprefix('text_model.')} first"
+    ):
+        load(tmp_path)
+    if component == "vae":
+        with pytest.raises(UsageError, match="vae lacks 1 weights of its AutoencoderKL"):
+            load(folders["sdxl"], vae=str(tmp_path))
+        load(tmp_path, vae=str(folders["sdxl"]))
+
+
+def test_old_names_and_shards_are_whole(folders, tmp_path):
+    """The VAE of SD 1's repository has the attention's old names; large models are in several files."""
+    pipe = load(folders["sd"])
+    pipe.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list((tmp_path / "unet").glob("*-of-*.safetensors"))) > 1
+    shutil.rmtree(tmp_path / "vae")
+    pipe.vae.save_pretrained(tmp_path / "vae")
+    file = tmp_path / "vae" / FILES["vae"]
+    names = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    state = load_file(file)
+    for new, old in names.items():
+        state = {key.replace(new, old): value for key, value in state.items()}
+    assert any(".query." in key for key in state)
+    save_file(state, file, metadata={"format": "pt"})
+    again = load(tmp_path)
+    for component in ("unet", "vae"):
+        theirs = getattr(pipe, component).state_dict()
+        assert all(torch.equal(value, theirs[key]) for key, value in getattr(again, component).state_dict().items())
+
+
+def test_a_file_that_ends_too_soon(folders, tmp_path):
+    shutil.copytree(folders["sd"], tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "text_encoder" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(UsageError, match=f"'{tmp_path}' does not load"):
+        load(tmp_path)
+
+
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder_2"])
 def test_a_weight_that_is_not_a_number_is_found(folders, tmp_path, component):
     pipe = load(folders["sdxl"])
@@ -137,6 +187,13 @@ def test_a_value_beyond_a_precision_is_found(folders, tmp_path):
     load(tmp_path, torch.bfloat16)
     with pytest.raises(UsageError, match="unet.conv_out.bias are NaN or inf in torch.float16.*mixed_precision=bf16"):
         load(tmp_path, torch.float16)
+
+
+def test_what_a_config_asks_of_a_model_that_is_not_loaded(folders):
+    pipe = load(folders["sd"])
+    pipeline.check_given(pipe, ModelConfig())
+    with pytest.raises(UsageError, match="model.fuse_lora=.'x'. is of a model that the run loads.*on the pipeline"):
+        pipeline.check_given(pipe, ModelConfig(fuse_lora=["x"]))
 
 
 def test_other_parts_that_are_not_served(folders):

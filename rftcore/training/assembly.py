@@ -134,7 +134,7 @@ def assemble(
         pipe = pipeline.load(config.model, DTYPES[config.mixed_precision], weights.master_dtype(config))
     else:
         pipe = given
-        pipeline.check_given(pipe)
+        pipeline.check_given(pipe, config.model)
     pipeline.check_sampling(pipe, config.sampling)
     if pipeline.unconditional(pipe):
         # Rewards are still given a text for each image.

@@ -13,7 +13,7 @@ from diffusers import (
     SchedulerMixin,
 )
 
-from rftcore.training.config import SamplingConfig
+from rftcore.training.config import ModelConfig, SamplingConfig
 from rftcore.training.errors import UsageError
 from rftcore.training.models import found, loading, served
 from rftcore.training.models.loading import load
@@ -42,8 +42,18 @@ SCHEDULERS = {
 }
 
 
-def check_given(pipe: DiffusionPipeline) -> None:
-    """Raises UsageError for a pipeline that a user made, where it or what is set on it cannot be trained."""
+def check_given(pipe: DiffusionPipeline, config: ModelConfig | None = None) -> None:
+    """Raises UsageError for a pipeline that a user made, where it or what is set on it cannot be trained.
+
+    Args:
+        config: what would be loaded instead. Its name is passed over; what else it asks for would be lost.
+    """
+    for name in ("revision", "variant", "original_config", "vae", "fuse_lora"):
+        if config is not None and getattr(config, name):
+            raise UsageError(
+                f"model.{name}={getattr(config, name)!r} is of a model that the run loads, and the trainer was given a "
+                "pipeline; set it on the pipeline, and leave it out of the config"
+            )
     found.check(pipe)
     check(pipe)
     loading.check_finite(pipe, f"the {type(pipe).__name__}")

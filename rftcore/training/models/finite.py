@@ -22,7 +22,8 @@ def check(model: nn.Module, name: str, source: str) -> None:
     Raises: UsageError that names the first such weight.
     """
     for key, value in model.state_dict().items():
-        if not value.is_floating_point() or value.is_meta or value.numel() == 0:
+        # Of one byte are quantised values, which have no extremes.
+        if not value.is_floating_point() or value.dtype.itemsize < 2 or value.is_meta or value.numel() == 0:
             continue
         if not all(extreme.isfinite() for extreme in torch.aminmax(value)):
             broken = int((~value.isfinite()).sum())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,16 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
 
 from rftcore import digits
 from rftcore.training.config import ModelConfig
 from rftcore.training.errors import UsageError
-from rftcore.training.models import finite, fusing, served, single_file
+from rftcore.training.models import finite, fusing, served, single_file, whole
 
 _NAME = "model.pretrained_model_name_or_path"
-_WEIGHTS = re.compile(
-    r"(?:pytorch_model|diffusion_pytorch_model|model)"
-    r"(?:\.(?P<variant>(?!safetensors|bin)[^.-]+))?(?:-\d+-of-\d+)?(?:\.(?P<legacy>(?!safetensors|bin)[^.]+))?"
-    r"\.(?:safetensors|bin)"
-)
+# What a folder of broken or unfitting files raises.
+_BROKEN = (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError)
 # Of a VAE: which latents it reads.
 _LATENTS = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
 
@@ -96,13 +93,16 @@ def _of_pipeline(name: str, config: ModelConfig, dtypes: dict[str, torch.dtype])
             if kind in [unconditional.__name__ for unconditional in served.UNCONDITIONAL]:
                 raise UsageError(f"model.vae={config.vae!r}, and the {kind} makes pixels, without a VAE; leave it null")
             given["vae"] = _load_vae(config, source, config.revision, dtypes["default"])
-        return DiffusionPipeline.from_pretrained(
+        pipe = DiffusionPipeline.from_pretrained(
             source, revision=config.revision, variant=config.variant, torch_dtype=dtypes, **given
         )
     except UsageError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    except _BROKEN as error:
         raise UsageError(f"{_NAME}={name!r} does not load: {_why(name, config, error)}") from error
+    if Path(source).is_dir():
+        whole.check(pipe, Path(source), config.variant, without=given)
+    return pipe
 
 
 def _load_vae(config: ModelConfig, configs: str, revision: str | None, dtype: torch.dtype) -> AutoencoderKL:
@@ -117,15 +117,15 @@ def _load_vae(config: ModelConfig, configs: str, revision: str | None, dtype: to
             vae = AutoencoderKL.from_single_file(name, config=configs, subfolder="vae", torch_dtype=dtype)
         else:
             vae = AutoencoderKL.from_pretrained(name, torch_dtype=dtype, **_vae_folder(name))
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+    except _BROKEN as error:
         raise UsageError(
             f"model.vae={name!r} does not load as an AutoencoderKL: {_first_line(error)}. Give a folder with config.json "
             f"and diffusion_pytorch_model.safetensors, a pipeline's folder, or a .safetensors file; without network: `hf "
             "download NAME --local-dir FOLDER` on a machine with one, and copy FOLDER here"
         ) from error
-    missing = [key for key, value in vae.state_dict().items() if value.is_meta]
-    if missing:
-        raise UsageError(f"model.vae={name!r} lacks {len(missing)} weights, {missing[0]} first; it is no whole VAE")
+    folder = Path(name, *_vae_folder(name).values())
+    if folder.is_dir():
+        whole.check_model(vae, folder, None)
     own = AutoencoderKL.load_config(configs, subfolder="vae", revision=revision)
     for key in _LATENTS:
         if key in own and own[key] != vae.config.get(key):
@@ -172,8 +172,7 @@ def _single_model(folder: Path) -> str:
 
 def _wrong_variant(folder: Path, variant: str | None) -> str | None:
     """What to set model.variant to, where the folder has the weights in other variants alone."""
-    matches = [match for file in folder.glob("*/*") if (match := _WEIGHTS.fullmatch(file.name))]
-    there = {match["variant"] or match["legacy"] for match in matches}
+    there = {variant for part in folder.iterdir() for variant in whole.variants(part)}
     if variant in there or not there:
         return None
     wanted = "without a variant" if variant is None else f"of the variant {variant!r}"

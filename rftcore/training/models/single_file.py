@@ -46,7 +46,7 @@ _NOT_SERVED = {
     "joint_blocks.": "is Stable Diffusion 3, a transformer, which is not served; give an SD or SDXL checkpoint",
     "double_blocks.": "is Flux, or a transformer like it, which is not served; give an SD or SDXL checkpoint",
     "control_model.": "is a ControlNet; fine-tune the text-to-image model that it steers",
-    "edm_mean": "is a model of EDM's noise (Playground 2.5), which is not served; give SDXL",
+    "edm_": "is a model of EDM's noise (Playground 2.5, CosXL), which is not served; give SDXL",
     "lora_": "is a LoRA; give the model that it is for, and the LoRA as model.fuse_lora",
 }
 
@@ -75,7 +75,7 @@ def load(path: Path, config: ModelConfig, dtype: torch.dtype, vae: AutoencoderKL
             **({} if vae is None else {"vae": vae}),
             **(no_checker if kind.pipeline is StableDiffusionPipeline else {}),
         )
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError) as error:
         # What diffusers says of a UNet or VAE whose weights are not all there.
         if "meta tensor" in str(error):
             raise UsageError(_lacking("weights", path, configs)) from error
