@@ -1,6 +1,9 @@
 """JPEG: how near the codec and the size estimate are to real files, and what fine-tuning for or against size does.
 
-python -m benchmarks.jpeg [--seeds 0 1 2] [--only codec]
+python -m benchmarks.jpeg [--seeds 0 1 2] [--only codec] [--output runs/jpeg]
+
+One run after another, of one thread each. One that is finished is not repeated: the same command, given again, carries
+on.
 """
 
 from __future__ import annotations
@@ -8,7 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import tempfile
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -116,8 +119,13 @@ def codec_rows() -> list[dict[str, Any]]:
 
 
 def run(recipe: str, seed: int, folder: Path) -> dict[str, Any]:
-    """The figures of one run of one thread."""
-    overrides = {"seed": seed, "eval.seed": EVALUATION_SEED, "output_dir": folder / recipe / str(seed)}
+    """The figures of one run of one thread, or of the one that is there."""
+    folder = folder / recipe / str(seed)
+    if (folder / "results.json").is_file():
+        return json.loads((folder / "results.json").read_text())
+    # What a run left that was stopped.
+    shutil.rmtree(folder, ignore_errors=True)
+    overrides = {"seed": seed, "eval.seed": EVALUATION_SEED, "output_dir": folder}
     flags = [f"--{name}={value}" for name, value in overrides.items()]
     return Trainer(load_config(recipes.algorithm(recipe), recipe, *flags)).train()
 
@@ -152,14 +160,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", choices=["codec"], help="these figures, and no runs; nothing is written")
+    parser.add_argument("--output", type=Path, default=Path("runs/jpeg"), help="where the runs are kept")
     options = parser.parse_args()
     torch.set_num_threads(1)
     codec = codec_rows()
     print(table(codec))
     if options.only:
         return
-    with tempfile.TemporaryDirectory() as folder:
-        rows = [run_row(recipe, seed, run(recipe, seed, Path(folder))) for seed in options.seeds for recipe in WAYS]
+    runs = [(recipe, seed) for seed in options.seeds for recipe in WAYS]
+    rows = [run_row(recipe, seed, run(recipe, seed, options.output)) for recipe, seed in runs]
     print(table(rows))
     content = {
         "environment": environment(),
