@@ -94,6 +94,8 @@ def test_diff(lora, two):
         (["scale", "{a}:2", "3", "-o", "c.safetensors"], "takes no scale"),
         (["convert", "{a}", "--to", "kohia", "-o", "c.safetensors"], "--to kohia is unknown; did you mean 'kohya'"),
         (["convert", "{a}", "--to", "peft", "-o", "c.safetensors"], "PEFT's layout is a folder"),
+        (["mix", "{a}"], "-o is missing; give the file to write"),
+        (["convert", "{a}", "-o", "c.safetensors"], "--to is missing; known: diffusers, kohya, peft"),
         (["diff", "{a}", "{xl}"], "of other base models"),
         (["info"], "lora"),
     ],

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_loras import assert_same_changes, assert_same_layers, changes, loaded_changes, make
 from torch import nn
 
+from rftcore import digits
 from rftcore.lora import files, kohya_names, layouts
 from rftcore.lora.files import LoraFile
 from rftcore.lora.layers import Layer, Lora, base, split
@@ -158,6 +159,20 @@ def test_every_layer_of_the_published_unets_has_a_kohya_name(kind):
     found = convert_unet_state_dict_to_peft({key.removeprefix("unet."): value for key, value in found.items()})
     assert found.keys() == {f"{module}.lora_{part}.weight" for module in modules for part in "AB"}
     assert all(modules[value] == key.partition(".lora_")[0] for key, value in found.items())
+
+
+@pytest.mark.parametrize(("kind", "said"), [("sd15", "sd1"), ("sd21", "sd2"), ("sdxl", "sdxl"), ("digits", None)])
+def test_the_base_model_is_told_by_shapes_or_by_blocks(kind, said):
+    options = UNETS[kind] if kind in UNETS else UNet2DConditionModel.load_config(digits.path(), subfolder="unet")
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(options)
+
+    def on(ending):
+        weights = {name: module.weight for name, module in unet.named_modules() if name.endswith(ending)}
+        return Lora({f"unet.{name}": Layer(weight[:1], weight[:, :1], 1.0) for name, weight in weights.items()})
+
+    assert base(on("attn2.to_k")) == said
+    assert base(on("attn1.to_q")) == ("sdxl" if said == "sdxl" else None)
 
 
 def test_peft_reads_what_we_write(make_pipeline, shapes, tmp_path):

@@ -25,20 +25,22 @@ def run(action: str, given: Mapping[str, Any]) -> str:
     return _ACTIONS[action](**given)
 
 
-def _mix(loras: list[str], rank: int | None, dtype: str, output: str, force: bool) -> str:
+def _mix(loras: list[str], rank: int | None, dtype: str, output: str | None, force: bool) -> str:
     if rank is not None and rank < 1:
         raise UsageError(f"--rank {rank} must be at least 1; leave it out for the exact mixture")
-    target = _target(output, dtype, force)
+    _check_dtype(dtype)
+    target = _target(output, "diffusers", force)
     parsed = [files.parse(argument, "lora mix") for argument in loras]
     mixture = mix([(str(path), files.read(path), weight) for path, weight in parsed], rank, _DTYPES[dtype])
     files.write(mixture.lora, target, force=force)
     return f"{_described(mixture)}\nwritten to {target}"
 
 
-def _scale(lora: str, factor: float, dtype: str, output: str, force: bool) -> str:
+def _scale(lora: str, factor: float, dtype: str, output: str | None, force: bool) -> str:
     if not math.isfinite(factor) or factor == 0:
         raise UsageError(f"lora scale: the factor {factor} must be a finite number and not 0")
-    target = _target(output, dtype, force)
+    _check_dtype(dtype)
+    target = _target(output, "diffusers", force)
     path = _path(lora, "lora scale")
     mixture = mix([(str(path), files.read(path), factor)], dtype=_DTYPES[dtype])
     files.write(mixture.lora, target, force=force)
@@ -50,11 +52,11 @@ def _info(lora: str) -> str:
     return info.describe(files.read(path), path)
 
 
-def _convert(lora: str, to: str, output: str, force: bool) -> str:
+def _convert(lora: str, to: str | None, output: str | None, force: bool) -> str:
     if to not in LAYOUTS:
-        raise UsageError(f"--to {to} is unknown; {nearest(to, LAYOUTS)}")
-    target = Path(output)
-    files.check_free(target, to, force)
+        problem = "is missing" if to is None else f"{to} is unknown"
+        raise UsageError(f"--to {problem}; {nearest(to or '', LAYOUTS)}")
+    target = _target(output, to, force)
     path = _path(lora, "lora convert")
     return f"written to {files.write(files.read(path), target, to, force)}"
 
@@ -68,10 +70,15 @@ def _diff(first: str, second: str | None) -> str:
 _ACTIONS = {"mix": _mix, "scale": _scale, "info": _info, "convert": _convert, "diff": _diff}
 
 
-def _target(output: str, dtype: str, force: bool) -> Path:
+def _check_dtype(dtype: str) -> None:
     if dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype} is unknown; {nearest(dtype, DTYPES)}")
-    files.check_free(Path(output), "diffusers", force)
+
+
+def _target(output: str | None, layout: str, force: bool) -> Path:
+    if output is None:
+        raise UsageError("-o is missing; give the file to write, or for PEFT's layout the folder")
+    files.check_free(Path(output), layout, force)
     return Path(output)
 
 

@@ -109,7 +109,9 @@ def base(lora: Lora) -> str | None:
                 return known
     if any(name.startswith("add_embedding") or "transformer_blocks.1." in name for name in layers):
         return "sdxl"
-    if any(name.startswith("up_blocks.0.attentions") and "transformer_blocks" in name for name in layers):
+    # Of the published ones SDXL alone has attention in the first block up, and none in the first block down.
+    up, down = (any(name.startswith(f"{side}_blocks.0.attentions") for name in layers) for side in ("up", "down"))
+    if up and not down and any("transformer_blocks" in name for name in layers):
         return "sdxl"
     if any("attentions" in name and "transformer_blocks" not in name and ".to_" in name for name in layers):
         return "pixels"

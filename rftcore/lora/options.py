@@ -35,9 +35,7 @@ def add_options(parser: ArgumentParser, subparser: Callable[[str], ArgumentParse
 
     convert = subparser("Write a LoRA in another layout; its tensors stay bit for bit.")
     convert.add_argument("lora", type=str, help=_FILE)
-    convert.add_argument(
-        "--to", type=str, required=True, help=f"{', '.join(LAYOUTS)}; kohya's is read by ComfyUI and A1111"
-    )
+    convert.add_argument("--to", type=str, help=f"{', '.join(LAYOUTS)}; kohya's is read by ComfyUI and A1111")
     _add_target(convert, "the .safetensors file to write; for peft a folder")
     actions.add_subcommand("convert", convert, help="write a LoRA in another layout")
 
@@ -53,5 +51,5 @@ def _add_output(parser: ArgumentParser) -> None:
 
 
 def _add_target(parser: ArgumentParser, help_: str) -> None:
-    parser.add_argument("-o", "--output", type=str, required=True, help=help_)
+    parser.add_argument("-o", "--output", type=str, help=help_)
     parser.add_argument("--force", action="store_true", help="replace what is there")
