@@ -79,6 +79,15 @@ def test_gradient_reaches_pixels_and_recomputing_changes_nothing(folder):
     assert not any(parameter.requires_grad for parameter in recomputed.function.parameters())
 
 
+@pytest.mark.parametrize("factor", [1e4, 1e-6])
+def test_fp16_has_a_gradient_of_any_size(folder, factor):
+    images, low = pictures(64, 64), made(folder, dtype="fp16")
+    wanted = pixel_gradient(made(folder), images, ["a"] * 3)
+    found = pixel_gradient(lambda *given: factor * low(*given), images, ["a"] * 3) / factor
+    # A few ReLUs near 0 switch.
+    assert (found - wanted).norm() < 0.1 * wanted.norm()
+
+
 def test_autocast_changes_nothing_and_a_lower_dtype_little(folder):
     images = pictures(64, 64)
     with torch.no_grad():

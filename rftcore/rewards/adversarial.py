@@ -6,7 +6,6 @@ import difflib
 import math
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from transformers import ResNetForImageClassification
 
@@ -14,7 +13,7 @@ from rftcore.rewards import checkpoints
 from rftcore.rewards.clip import named_dtype
 from rftcore.rewards.preprocessing import IMAGENET_MEAN, IMAGENET_STD, centre_crop, normalise, resize_shortest
 from rftcore.rewards.reward import RewardSpecError, declare
-from rftcore.rewards.towers import checkpoint_layers, freeze
+from rftcore.rewards.towers import checkpoint_layers, freeze, looked_at
 
 NAME = "adversarial"
 HUB = "microsoft/resnet-50"
@@ -68,11 +67,11 @@ class Adversarial(nn.Module):
 
     def forward(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict] | None = None) -> Tensor:
         """Rewards (B,) of images (B, 3, H, W) in [0, 1]."""
-        with torch.autocast(images.device.type, enabled=False):
-            pixels = normalise(centre_crop(resize_shortest(images, EDGE), CROP, CROP), IMAGENET_MEAN, IMAGENET_STD)
-            logits = self.classifier(pixels.to(self.classifier.dtype)).logits
-            widened = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            return widened.log_softmax(dim=-1)[:, self.target]
+        pixels = normalise(centre_crop(resize_shortest(images, EDGE), CROP, CROP), IMAGENET_MEAN, IMAGENET_STD)
+        return looked_at(self._logits, pixels, self.classifier.dtype).log_softmax(dim=-1)[:, self.target]
+
+    def _logits(self, pixels: Tensor) -> Tensor:
+        return self.classifier(pixels.to(self.classifier.dtype)).logits
 
 
 def _index(target: int | str, labels: dict[int, str]) -> int:

@@ -15,7 +15,7 @@ from transformers import CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 from rftcore.rewards import checkpoints
 from rftcore.rewards.preprocessing import clip_input
 from rftcore.rewards.reward import RewardSpecError
-from rftcore.rewards.towers import checkpoint_layers, freeze, through_fp16
+from rftcore.rewards.towers import checkpoint_layers, freeze, looked_at
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Prompts whose features are kept: a few MiB of them.
@@ -58,15 +58,12 @@ class Clip(nn.Module):
 
     def pixel_features(self, pixels: Tensor) -> Tensor:
         """As `image_features`, of what has been prepared, (B, 3, size, size)."""
-        with torch.autocast(pixels.device.type, enabled=False):
-            if self.model.dtype is torch.float16:
-                return F.normalize(through_fp16(self._features, pixels), dim=-1)
-            return F.normalize(self._features(pixels), dim=-1)
+        return F.normalize(looked_at(self._features, pixels, self.model.dtype), dim=-1)
 
     def _features(self, pixels: Tensor) -> Tensor:
         if isinstance(self.model, CLIPVisionModelWithProjection):
-            return _widened(self.model(pixel_values=pixels).image_embeds)
-        return _widened(pooled(self.model.get_image_features(pixel_values=pixels)))
+            return self.model(pixel_values=pixels).image_embeds
+        return pooled(self.model.get_image_features(pixel_values=pixels))
 
     def text_features(self, prompts: Sequence[str]) -> Tensor:
         """Features (B, D) of length 1, in fp32, of prompts, cut off where CLIP's text ends; they have no gradient."""

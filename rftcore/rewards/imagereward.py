@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
 from transformers import BertTokenizer
 
@@ -13,7 +12,7 @@ from rftcore.rewards.aesthetic import folded
 from rftcore.rewards.clip import named_dtype
 from rftcore.rewards.preprocessing import CLIP_MEAN, CLIP_STD, normalise, resize_shortest
 from rftcore.rewards.reward import declare
-from rftcore.rewards.towers import checkpoint_layers, freeze
+from rftcore.rewards.towers import checkpoint_layers, freeze, looked_at
 
 NAME = "imagereward"
 HUB, TOKENIZER = "THUDM/ImageReward", "google-bert/bert-base-uncased"
@@ -79,11 +78,13 @@ class ImageReward(nn.Module):
         text = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"
         ).to(images.device)
-        with torch.autocast(images.device.type, enabled=False):
-            pixels = normalise(_cropped(resize_shortest(images, side), side), CLIP_MEAN, CLIP_STD)
+        pixels = normalise(_cropped(resize_shortest(images, side), side), CLIP_MEAN, CLIP_STD)
+
+        def first_token(pixels: Tensor) -> Tensor:
             seen = self.vision(pixels.to(self.vision.dtype)).last_hidden_state
-            read = self.text(text.input_ids, text.attention_mask, encoder_hidden_states=seen).last_hidden_state
-            return read[:, 0].to(self.slope.dtype) @ self.slope + self.offset
+            return self.text(text.input_ids, text.attention_mask, encoder_hidden_states=seen).last_hidden_state[:, 0]
+
+        return looked_at(first_token, pixels, self.vision.dtype).mul(self.slope).sum(-1) + self.offset
 
 
 def _cropped(images: Tensor, side: int) -> Tensor:

@@ -14,7 +14,7 @@ from rftcore.rewards import checkpoints
 from rftcore.rewards.clip import named_dtype
 from rftcore.rewards.preprocessing import CLIP_MEAN, CLIP_STD, normalise, resize
 from rftcore.rewards.reward import RewardSpecError, declare
-from rftcore.rewards.towers import checkpoint_layers, freeze
+from rftcore.rewards.towers import checkpoint_layers, freeze, looked_at
 
 HUB = "google/owlvit-base-patch32"
 
@@ -96,12 +96,16 @@ class _Detector(nn.Module):
     def logits(self, images: Tensor) -> Tensor:
         """(B, Q) of images (B, 3, H, W) in [0, 1]: of each query's most confident box."""
         side = self.detector.config.vision_config.image_size
+        pixels = normalise(resize(images, side, side), CLIP_MEAN, CLIP_STD)
+        # The tower casts them to its own dtype; the head, which is small, is fp32.
+        tokens = looked_at(self._tokens, pixels, self.detector.owlvit.dtype)
+        queries = self._embedded.expand(len(images), -1, -1)
         with torch.autocast(images.device.type, enabled=False):
-            # The tower casts them to its own dtype; the head, which is small, is fp32.
-            pixels = normalise(resize(images, side, side), CLIP_MEAN, CLIP_STD)
-            tokens = self.detector.image_embedder(pixels)[0].flatten(1, 2)  # (B, boxes, C)
-            queries = self._embedded.expand(len(images), -1, -1)
             return self.detector.class_predictor(tokens.to(queries.dtype), queries)[0].amax(dim=1)
+
+    def _tokens(self, pixels: Tensor) -> Tensor:
+        """(B, boxes, C)."""
+        return self.detector.image_embedder(pixels)[0].flatten(1, 2)
 
     def _score(self, logits: Tensor) -> Tensor:
         return (logsigmoid(logits) if self.log else logits.sigmoid()).mean(dim=-1)

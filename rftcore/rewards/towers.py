@@ -32,6 +32,21 @@ def checkpoint_layers(layers: Iterable[nn.Module]) -> None:
         layer.forward = functools.partial(_recomputed, layer)
 
 
+def looked_at(function: Callable[[Tensor], Tensor], pixels: Tensor, dtype: torch.dtype) -> Tensor:
+    """function(pixels), of a tower of that dtype, in fp32 at least and under no autocast of a caller's.
+
+    Args:
+        function: of pixels (B, 3, H, W) in fp32, gives (B, ...) in any dtype; images do not mix.
+    """
+
+    def widened(pixels: Tensor) -> Tensor:
+        outputs = function(pixels)
+        return outputs.to(torch.promote_types(outputs.dtype, torch.float32))
+
+    with torch.autocast(pixels.device.type, enabled=False):
+        return through_fp16(widened, pixels) if dtype is torch.float16 else widened(pixels)
+
+
 def through_fp16(function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor:
     """function(inputs), whose backward computes at a size that fp16 holds, however small or large its gradients are.
 
