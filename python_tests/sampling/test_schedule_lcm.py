@@ -12,6 +12,7 @@ import rftcore
 from rftcore.ops.sampler_step import Coefficient
 from rftcore.sampling import Plan
 from rftcore.sampling.captures import Captures
+from rftcore.sampling.conditioning import Conditioning
 from rftcore.sampling.lcm import guidance_embedding
 
 STEPS, BATCH, WIDTH = 4, 2, 8
@@ -157,6 +158,13 @@ def test_every_scale_is_told(distilled):
         ]
     assert all((ends[0] - other).abs().max() > 1e-6 for other in ends[1:])
     assert (ends[1] - ends[2]).abs().max() > 1e-6
+
+
+def test_a_unet_that_is_not_told_says_so(distilled):
+    _, make, given = distilled
+    untold = Conditioning.build(given["prompt_embeds"], None, None, None, guided=False).joined()
+    with pytest.raises(ValueError, match="time_cond_proj_dim=8, and its conditioning lacks timestep_cond"):
+        make().denoiser(torch.randn(BATCH, 4, 8, 8), torch.tensor(9), untold, guided=False)
 
 
 def test_a_told_chain_is_planned_and_captured(distilled):

@@ -24,6 +24,10 @@ class Denoiser:
         unet: a diffusers `UNet2DConditionModel` or `UNet2DModel`, plain, PEFT-, compile-, accelerate- or DDP-wrapped.
         cross_attention_kwargs: handed to every call, e.g. {"scale": 0.5}.
 
+    Attributes:
+        embeds_guidance: whether the UNet is told its guidance scale, as those distilled from a guided one are, and runs
+            one branch.
+
     Raises:
         TypeError: for a wrapper or model that is not served.
     """
@@ -38,6 +42,7 @@ class Denoiser:
         _check_model(self.model)
         self.conditional = "encoder_hidden_states" in inspect.signature(type(self.model).forward).parameters
         _check_constants(cross_attention_kwargs or {})
+        self.embeds_guidance = getattr(self.config, "time_cond_proj_dim", None) is not None
         # Of one scale, by where it is: not to be copied to the device for every chain.
         self._embedded: dict[tuple, Tensor] = {}
         self.extra = {} if cross_attention_kwargs is None else {"cross_attention_kwargs": dict(cross_attention_kwargs)}
@@ -67,11 +72,6 @@ class Denoiser:
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that require grad now, by their name in `module`."""
         return {name: parameter for name, parameter in self.module.named_parameters() if parameter.requires_grad}
-
-    @property
-    def embeds_guidance(self) -> bool:
-        """Whether the UNet is told its guidance scale, as those distilled from a guided one are: one branch is run."""
-        return getattr(self.config, "time_cond_proj_dim", None) is not None
 
     def guided(self, guidance_scale: float) -> bool:
         """Whether both branches are run for this scale."""
@@ -128,7 +128,15 @@ class Denoiser:
 
         Returns:
             (B, C, h, w), or (2B, C, h, w) when guided.
+
+        Raises:
+            ValueError: for a UNet that has to be told its guidance scale, and is not.
         """
+        if self.embeds_guidance and GUIDANCE not in conditioning:
+            raise ValueError(
+                f"the UNet has time_cond_proj_dim={self.config.time_cond_proj_dim}, and its conditioning lacks {GUIDANCE}, "
+                "the embedded guidance scale; make it by Denoiser.told."
+            )
         x = x.to(self.dtype)
         if guided:
             x = torch.cat([x, x])
