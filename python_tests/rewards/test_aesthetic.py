@@ -9,7 +9,8 @@ from transformers import CLIPModel
 
 from rftcore import rewards
 from rftcore.rewards import RewardSpecError
-from rftcore.rewards.aesthetic import Aesthetic, folded
+from rftcore.rewards.aesthetic import Aesthetic
+from rftcore.rewards.affine_head import folded
 
 
 def head(features=24):

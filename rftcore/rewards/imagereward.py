@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers import BertTokenizer
 
 from rftcore.rewards import blip, checkpoints
-from rftcore.rewards.aesthetic import folded
+from rftcore.rewards.affine_head import folded
 from rftcore.rewards.clip import named_dtype
 from rftcore.rewards.preprocessing import CLIP_MEAN, CLIP_STD, normalise, resize_shortest
 from rftcore.rewards.reward import declare
