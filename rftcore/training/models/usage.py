@@ -1,0 +1,47 @@
+"""The lines of Python by which a user makes the pipeline that a config names, without rftcore."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+
+from rftcore.lora import files
+from rftcore.training.config import ModelConfig
+from rftcore.training.models import single_file
+
+
+def lines(config: ModelConfig, pipeline_class: type[DiffusionPipeline]) -> str:
+    """Lines that leave the pipeline as `loading.load` gives it, in fp32, in the variable `pipeline`."""
+    name, kind = config.pretrained_model_name_or_path, pipeline_class.__name__
+    imports, embedded = [kind], name == "rftcore.digits"
+    base = "rftcore.digits.path()" if embedded else repr(name)
+    options = {key: value for key in ("revision", "variant") if (value := getattr(config, key)) is not None}
+    loader = "from_pretrained"
+    if Path(name).is_file():
+        loader, options = "from_single_file", {"config": single_file.configs_name(Path(name), config)}
+    found = []
+    if config.vae is not None:
+        imports.insert(0, "AutoencoderKL")
+        found.append(f"vae = AutoencoderKL.{_vae(config)}")
+    given = [base, *(f"{key}={value!r}" for key, value in options.items()), *(["vae=vae"] if found else [])]
+    found.append(f"pipeline = {kind}.{loader}({', '.join(given)})")
+    for argument in config.fuse_lora:
+        lora = files.parse(argument, "model.fuse_lora")
+        found += [
+            f"pipeline.load_lora_weights({str(lora.path)!r})",
+            f"pipeline.fuse_lora(lora_scale={lora.scale:g})",
+            "pipeline.unload_lora_weights()",
+        ]
+    head = "import rftcore\n" if embedded else ""
+    return f"{head}from diffusers import {', '.join(imports)}\n\n" + "\n".join(found)
+
+
+def _vae(config: ModelConfig) -> str:
+    path = Path(config.vae)
+    if path.is_file():
+        name = config.pretrained_model_name_or_path
+        configs = single_file.configs_name(Path(name), config) if Path(name).is_file() else name
+        return f"from_single_file({config.vae!r}, config={configs!r}, subfolder='vae')"
+    subfolder = ", subfolder='vae'" if (path / "model_index.json").is_file() else ""
+    return f"from_pretrained({config.vae!r}{subfolder})"
