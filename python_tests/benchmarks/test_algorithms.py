@@ -56,7 +56,7 @@ def test_claims_tell_what_was_seen():
 
 def test_rows_are_all_recipes_for_digits_and_their_command_lines_parse(tmp_path):
     assert {algorithms.PREFIX + row for row in algorithms.ROWS} == {
-        name for name in recipes.names() if name.startswith(algorithms.PREFIX)
+        name for name in recipes.names() if name.startswith(algorithms.PREFIX) and "_jpeg_" not in name
     }
     assert {recipes.algorithm(algorithms.PREFIX + row) for row in algorithms.ROWS} == set(ALGORITHMS)
     for row in algorithms.ROWS:
