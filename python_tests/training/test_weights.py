@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 import rftcore
 from rftcore.sampling.adapters import adapters_off
 from rftcore.training import RunError, UsageError, pipeline, weights
-from rftcore.training.config import LoraConfig, SamplingConfig
+from rftcore.training.config import LoraConfig, ModelConfig, SamplingConfig
+from rftcore.training.models import usage
 
 CPU = torch.device("cpu")
 PROMPTS = tiny.TRAIN_PROMPTS[:2]
@@ -154,7 +155,8 @@ def test_what_is_saved_is_loaded_by_the_lines_that_say_how(folders, tmp_path, ki
     rftcore.accelerate(pipe.unet)
     saved = weights.save(pipe.unet, tmp_path)
     assert saved.exists() and weights.verify_reload(pipe.unet, tmp_path) < 1e-4
-    lines = weights.usage(pipe.unet, type(pipe), repr(str(folders[kind])), repr(str(tmp_path)))
+    base = usage.lines(ModelConfig(str(folders[kind])), type(pipe))
+    lines = weights.usage(pipe.unet, base, repr(str(tmp_path)))
     scope = {}
     exec(lines, scope)
     theirs = scope["pipeline"].unet

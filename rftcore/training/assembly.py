@@ -19,13 +19,14 @@ from rftcore.training.accounting import Stopwatch
 from rftcore.training.batches import SamplePlan
 from rftcore.training.checkpoint import Trained
 from rftcore.training.compilation import compile_unet
-from rftcore.training.config import RunConfig
+from rftcore.training.config import ModelConfig, RunConfig
 from rftcore.training.ema import Ema
 from rftcore.training.engine import Engine
 from rftcore.training.errors import UsageError
 from rftcore.training.evaluation import early_stop, scale_sweep
 from rftcore.training.evaluation.validation import Validation
 from rftcore.training.methods import METHODS, Method
+from rftcore.training.models import usage
 from rftcore.training.optimization import make_lr_scheduler, make_optimizer
 from rftcore.training.prompt_inputs import encode_prompts
 from rftcore.training.run_directory import RunDirectory
@@ -35,14 +36,14 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Assembly:
-    """What `assemble` made. The model that was fine-tuned is named by `base_model`, its class is `pipeline_class`."""
+    """What `assemble` made. The model that was fine-tuned is named by `base_model`, and made by `base_lines` of Python."""
 
     engine: Engine
     method: Method
     validation: Validation
     trained: Trained
     base_model: str
-    pipeline_class: type[DiffusionPipeline]
+    base_lines: str
 
 
 def load_judges(
@@ -139,16 +140,17 @@ def assemble(
     if pipeline.unconditional(pipe):
         # Rewards are still given a text for each image.
         train_prompts = validation_prompts = [""]
-    pipeline_class, vae, sample_size = type(pipe), pipeline.vae(pipe), pipeline.sample_size(pipe, config.sampling)
+    vae, sample_size = pipeline.vae(pipe), pipeline.sample_size(pipe, config.sampling)
+    model = config.model if given is None else ModelConfig(str(pipe.name_or_path))
     prompts = [*train_prompts, *validation_prompts]
     inputs = encode_prompts(
         pipe, prompts, config.sampling.negative_prompt, device, sample_size, config.sampling.clip_skip
     )
     weights.attach(pipe, config, config.seed)
     if config.memory.accelerate:
-        for model in (pipe.unet, vae):
-            if model is not None:
-                blocks.accelerate(model)
+        for part in (pipe.unet, vae):
+            if part is not None:
+                blocks.accelerate(part)
     # Before the chains' memory is planned.
     judges = [judge.to(device) for judge in judges]
     optimizer = make_optimizer(config.train, weights.trainable(pipe.unet).values(), device)
@@ -177,8 +179,8 @@ def assemble(
         method=method,
         validation=Validation(engine, method.sampler, validation_prompts, judges),
         trained=Trained(engine.model, optimizer, lr_scheduler, method, accelerator.scaler, ema),
-        base_model=config.model.pretrained_model_name_or_path if given is None else str(pipe.name_or_path),
-        pipeline_class=pipeline_class,
+        base_model=model.pretrained_model_name_or_path,
+        base_lines=usage.lines(model, type(pipe)),
     )
 
 

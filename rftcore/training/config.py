@@ -45,7 +45,9 @@ class ModelConfig:
     """the pipeline that is fine-tuned"""
 
     pretrained_model_name_or_path: str = option(
-        "rftcore.digits", "a Stable Diffusion, SDXL or unconditional DDPM pipeline: hub name, folder, or rftcore.digits"
+        "rftcore.digits",
+        "a Stable Diffusion, SDXL or unconditional DDPM pipeline: hub name, folder, one .safetensors or .ckpt file, or "
+        "rftcore.digits",
     )
     revision: str | None = option(None, "revision on the hub")
     variant: str | None = option(None, "weight file variant, e.g. fp16")

@@ -44,11 +44,9 @@ def write(run: Trainer, scales: Sweep | None, *, peak_gib: float) -> dict[str, A
 
 
 def _model_card(run: Trainer, figures: dict[str, Any]) -> str:
-    name = run.assembly.base_model
-    embedded = name == "rftcore.digits"
-    base = "rftcore.digits.path()" if embedded else repr(name)
-    usage = weights.usage(run.engine.model, run.assembly.pipeline_class, base, '"path/to/this/folder"')
-    return report.model_card(run.config, name, figures, f"import rftcore\n{usage}" if embedded else usage)
+    base = run.assembly.base_model
+    usage = weights.usage(run.engine.model, run.assembly.base_lines, '"path/to/this/folder"')
+    return report.model_card(run.config, base, figures, usage)
 
 
 def _of_scales(run: Trainer, scales: Sweep) -> Image.Image:

@@ -182,27 +182,24 @@ def _save_by_peft(unet: UNet2DModel, folder: Path) -> None:
     save_file(state, folder / PEFT_FILE, metadata={"format": "pt"})
 
 
-def usage(unet: UNet, pipeline_class: type[DiffusionPipeline], base: str, folder: str) -> str:
+def usage(unet: UNet, base: str, folder: str) -> str:
     """The lines of Python that load what `save` wrote.
 
     Args:
-        base: an expression for the model that was fine-tuned, such as "'google/ddpm-church-256'".
+        base: the lines that make the model that was fine-tuned, in `pipeline`.
         folder: an expression for the folder that was saved into.
     """
-    pipeline = pipeline_class.__name__
     if not is_lora(unet):
         model = type(unet).__name__
         return (
-            f"from diffusers import {pipeline}, {model}\n\n"
-            f"unet = {model}.from_pretrained({folder}, subfolder={FOLDER!r})\n"
-            f"pipeline = {pipeline}.from_pretrained({base}, unet=unet)"
+            f"{base}\n\nfrom diffusers import {model}\n\n"
+            f"pipeline.unet = {model}.from_pretrained({folder}, subfolder={FOLDER!r})"
         )
-    first = f"pipeline = {pipeline}.from_pretrained({base})"
     if _loads_by_pipeline(unet):
-        return f"from diffusers import {pipeline}\n\n{first}\npipeline.load_lora_weights({folder})"
+        return f"{base}\npipeline.load_lora_weights({folder})"
     return (
-        f"from diffusers import {pipeline}\nfrom peft import PeftModel\n\n"
-        f"{first}\nPeftModel.from_pretrained(pipeline.unet, {folder})  # adds the LoRA to pipeline.unet, in place"
+        f"from peft import PeftModel\n{base}\n"
+        f"PeftModel.from_pretrained(pipeline.unet, {folder})  # adds the LoRA to pipeline.unet, in place"
     )
 
 
