@@ -122,7 +122,7 @@ def test_target_by_index_label_or_synonym(folder, target, index):
         ("linet", "no class is named 'linet'; did you mean 'linnet'"),
         ("crane", "names the classes 1 .*, 5 .*; give the index"),
         (6, "classes 0 to 5"),
-        (True, "index or its name"),
+        (True, "target=True; it must be a whole number or text"),
     ],
 )
 def test_wrong_targets(folder, target, message):

@@ -14,6 +14,9 @@ def user_module(tmp_path, monkeypatch):
         "def bright(images, prompts, metadata=None): return images\n"
         "def silent(images, prompts, metadata=None): return images\n"
         "number = 3\n"
+        "@declare(differentiable=True)\n"
+        "class Level:\n"
+        "    def __init__(self, level): pass\n"
     )
     (tmp_path / "broken_rewards.py").write_text("import a_package_that_is_not_there\n")
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -46,6 +49,8 @@ def test_config_declares_for_a_silent_function():
         ("no_such_module.reward", "no module 'no_such_module'"),
         ("user_rewards.number", "int, not a function"),
         ("user_rewards.silent", "does not declare whether it is differentiable"),
+        ("user_rewards.Level", r"needs level; set reward.options: {user_rewards.Level: {level: ...}}"),
+        ("{digits: much}", "{name: weight, name: weight}, each weight a number"),
     ],
 )
 def test_errors_say_what_to_do(spec, message):

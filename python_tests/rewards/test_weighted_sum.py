@@ -92,11 +92,40 @@ def test_images_that_are_scored_again_count_once_among_the_parts():
         ([(mean, 1), (mean, 2)], "'mean' is in the weighted sum twice"),
         ([(mean, 0)], "weight 0; .*eval.held_out_reward"),
         ([(mean, float("nan"))], "weight nan"),
+        ([(mean, "10")], "weight '10'; it must be a finite number"),
     ],
 )
 def test_sums_that_cannot_be(parts, message):
     with pytest.raises(RewardSpecError, match=message):
         WeightedSum([(rewards.load(function), weight) for function, weight in parts])
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (lambda images: images.mean(), r"gave \(\) for 2 images"),
+        (lambda images: images.mean().reshape(1), r"gave \(1,\) for 2 images"),
+        (lambda images: images.mean((2, 3))[:, :1], r"gave \(2, 1\) for 2 images"),
+        (lambda images: [0.5] * len(images), "gave list for 2 images"),
+        (lambda images: images.detach().mean((1, 2, 3)), "what it gave does not depend differentiably"),
+    ],
+)
+def test_what_a_sum_would_hide_of_a_part_is_an_error(part, message):
+    @declare(differentiable=True)
+    def wrong(images, prompts, metadata=None):
+        return part(images)
+
+    with pytest.raises(RewardSpecError, match=f"'wrong' of a weighted sum .*{message}"):
+        summed((mean, 1), (wrong, 1))(torch.rand(2, 3, 4, 4, requires_grad=True), ["a"] * 2)
+
+
+def test_a_part_without_a_gradient_serves_where_none_is_asked_for():
+    images, reward = torch.rand(2, 3, 4, 4), summed((mean, 1), (size, 1))
+    torch.testing.assert_close(reward(images, ["a"] * 2), mean(images, []) + size(images, []))
+    images.requires_grad_()
+    torch.testing.assert_close(reward(images, ["a"] * 2), mean(images, []) + size(images, []))
+    with torch.no_grad():
+        assert summed((mean, 1), (square, 1))(images, ["a"] * 2).shape == (2,)
 
 
 def test_declarations_arrive():
@@ -123,6 +152,7 @@ def test_options_make_a_class_and_are_given_to_a_function():
         (mean, {"gane": 2}, "no option 'gane'; did you mean 'gain'"),
         (square, {"gain": 2}, "no option 'gain'; it takes none"),
         (mean, {"images": 2}, "no option 'images'"),
+        ("symmetry", {"kind": 3}, "'symmetry' has the option kind=3; it must be text"),
     ],
 )
 def test_options_that_cannot_be(spec, options, message):

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from rftcore.dotted import DottedPathError, resolve
+from rftcore.rewards.option_types import expected, fits, types
 from rftcore.rewards.reward import POINTS, Reward, RewardSpecError
 
 KNOWN = {
@@ -76,7 +77,8 @@ def load_judge(spec: str | Callable, *, options: Mapping[str, Any] | None = None
             f"reward {spec!r} is a {type(found).__name__}, not a function (images, prompts, metadata)"
         )
     name = spec if isinstance(spec, str) and spec in KNOWN else getattr(found, "__name__", type(found).__name__)
-    function = _made(found, name, dict(options or {}))
+    # Its options are under what the config calls it, which may be a dotted path.
+    function = _made(found, spec if isinstance(spec, str) else name, dict(options or {}))
     return Reward(
         function=function,
         name=name,
@@ -123,12 +125,23 @@ def _made(found: Any, name: str, options: dict[str, Any]) -> Any:
         raise RewardSpecError(
             f"reward {name!r} needs {', '.join(missing)}; set reward.options: {{{name}: {{{missing[0]}: ...}}}}"
         )
+    wanted = types(found)
+    for option, value in options.items():
+        if option in wanted and not fits(value, wanted[option]):
+            raise RewardSpecError(
+                f"reward {name!r} has the option {option}={value!r}; it must be {expected(wanted[option])}"
+            )
     if inspect.isclass(found):
         return found(**options)
     return functools.update_wrapper(functools.partial(found, **options), found)
 
 
 def _find(spec: str) -> Any:
+    if spec.lstrip().startswith("{"):
+        # A mapping of a config whose values are no numbers is left a text.
+        raise RewardSpecError(
+            f"rewards {spec!r} are no weighted sum: it is {{name: weight, name: weight}}, each weight a number"
+        )
     if spec not in KNOWN and "." not in spec and ":" not in spec:
         close = difflib.get_close_matches(spec, KNOWN, n=1, cutoff=0.5)
         hint = f"did you mean {close[0]!r}? " if close else ""

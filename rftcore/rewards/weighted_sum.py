@@ -6,6 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from rftcore.rewards.reward import Reward, RewardSpecError
 
 NAME = "weighted_sum"
@@ -18,7 +21,9 @@ class WeightedSum:
         parts: rewards, each with its weight: negative ones are kept small.
 
     Raises:
-        RewardSpecError: for no part, two of one name, or a weight that is zero or not finite.
+        RewardSpecError: for no part, two of one name, or a weight that is no finite number or 0; when called, for a
+            part that gives something else than (B,), or no gradient although it declares one: in a sum neither would
+            show.
     """
 
     def __init__(self, parts: Sequence[tuple[Reward, float]]) -> None:
@@ -26,11 +31,15 @@ class WeightedSum:
         if not parts:
             raise RewardSpecError("a weighted sum of no reward; give at least one with its weight")
         if twice := next((name for name in names if names.count(name) > 1), None):
-            raise RewardSpecError(f"reward {twice!r} is in the weighted sum twice; add its weights up")
+            raise RewardSpecError(
+                f"reward {twice!r} is in the weighted sum twice: add its weights up, or, of two functions of one name, "
+                "rename one"
+            )
         for reward, weight in parts:
-            if not math.isfinite(weight) or weight == 0:
+            number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+            if not number or not math.isfinite(weight) or weight == 0:
                 raise RewardSpecError(
-                    f"reward {reward.name!r} has the weight {weight}; it must be finite and not 0. To only measure a "
+                    f"reward {reward.name!r} has the weight {weight!r}; it must be a finite number and not 0. To only measure a "
                     "reward, name it in eval.held_out_reward"
                 )
         self.parts = tuple(parts)
@@ -44,7 +53,7 @@ class WeightedSum:
         self, images, prompts: Sequence[str], metadata: Sequence[dict] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """(B,), and each part's own (B,), without its weight and without a gradient, by name."""
-        values = {reward.name: reward(images, prompts, metadata) for reward, _ in self.parts}
+        values = {reward.name: _checked(reward, reward(images, prompts, metadata), images) for reward, _ in self.parts}
         total = sum(weight * values[reward.name] for reward, weight in self.parts)
         return total, {name: value.detach() for name, value in values.items()}
 
@@ -52,6 +61,23 @@ class WeightedSum:
         for reward, _ in self.parts:
             reward.to(device)
         return self
+
+
+def _checked(reward: Reward, values: Any, images: Any) -> Any:
+    """A part's values, which the sum would stretch where they are too few, and whose missing gradient it would hide."""
+    found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    if found != (len(images),):
+        raise RewardSpecError(
+            f"reward {reward.name!r} of a weighted sum gave {found} for {len(images)} images; it must give a tensor of "
+            f"shape {(len(images),)}, one value for each"
+        )
+    wanted = reward.differentiable and torch.is_grad_enabled() and images.requires_grad
+    if wanted and not values.requires_grad:
+        raise RewardSpecError(
+            f"reward {reward.name!r} of a weighted sum declares differentiable=True, and what it gave does not depend "
+            "differentiably on the images: look for no_grad, detach, round, PIL or NumPy in it, or declare False"
+        )
+    return values
 
 
 def weighted_sum(parts: Sequence[tuple[Reward, float]]) -> Reward:
