@@ -1,7 +1,9 @@
 """Models, tokenizers and files: what loads, and what is said of what does not."""
 
 import copy
+import json
 import pickle
+import shutil
 
 import huggingface_hub
 import pytest
@@ -9,7 +11,15 @@ import torch
 from safetensors.torch import save_file
 from tiny_rewards import save_clip
 from torch import nn
-from transformers import CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    CLIPModel,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
 
 from rftcore.rewards import RewardSpecError, checkpoints, towers
 
@@ -162,6 +172,38 @@ def test_files_that_are_refused(tmp_path):
     }.items():
         with pytest.raises(RewardSpecError, match=f"reward 'aesthetic' cannot load head='.*{name}': .*{message}"):
             tensors(tmp_path / name)
+
+
+def test_configs_that_are_none(clip, tmp_path):
+    folder, _ = clip
+    whole = json.loads((folder / "config.json").read_text())
+    shutil.copytree(folder, tmp_path / "clip")
+    for content in ("[]", json.dumps(whole)[:200], json.dumps({**whole, "projection_dim": "24"})):
+        (tmp_path / "clip" / "config.json").write_text(content)
+        with pytest.raises(RewardSpecError, match="no CLIPModel came from it"):
+            load(CLIPModel, tmp_path / "clip")
+
+
+def test_pickled_weights_that_hold_code_say_what_to_do(clip, tmp_path):
+    folder, _ = clip
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    torch.save({"w": Exploit()}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(RewardSpecError, match="hold more than tensors.*weights_only=False.*save_file"):
+        load(CLIPModel, tmp_path)
+
+
+@pytest.mark.parametrize("kind", [AutoConfig, AutoTokenizer, AutoModel, AutoProcessor])
+def test_a_repositorys_own_code_is_neither_run_nor_offered(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("it asked whether to run the code"))
+    (tmp_path / "own.py").write_text("raise SystemExit('the code ran')")
+    names = {
+        name: ["own.Own", None] if name == "AutoTokenizer" else "own.Own" for name in (kind.__name__, "AutoConfig")
+    }
+    for file in ("config.json", "tokenizer_config.json", "processor_config.json"):
+        (tmp_path / file).write_text(json.dumps({"model_type": "own", "auto_map": names}))
+    (tmp_path / "vocab.txt").touch()
+    with pytest.raises(RewardSpecError, match=f"no {kind.__name__} came from it .*custom code"):
+        load(kind, tmp_path)
 
 
 class Stack(nn.Module):

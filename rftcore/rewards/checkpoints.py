@@ -59,10 +59,16 @@ def load(
         settings = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True, **settings}
     elif "Tokenizer" in kind.__name__ or (isinstance(kind, type) and issubclass(kind, PreTrainedTokenizerBase)):
         file(reward, option, place, *_VOCABULARIES, revision=revision)
+    if kind.__module__.startswith("transformers.models.auto"):
+        # A repository's own code is never run. Unless told so, transformers asks at the terminal.
+        settings["trust_remote_code"] = False
     try:
         with _quietly():
             loaded = kind.from_pretrained(place, revision=revision or "main", **settings)
-    except (OSError, ValueError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
+    except ImportError:
+        raise
+    # What a wrong or half a file makes of it is of many kinds: of hub, tokenizers, safetensors, pickle and config.
+    except Exception as error:
         raise _error(reward, option, place, _why(reward, option, place, error, kind.__name__, revision)) from error
     if not is_model:
         return loaded
@@ -175,6 +181,8 @@ def _error(reward: str, option: str, place: str | Path, reason: str) -> RewardSp
 def _why(reward: str, option: str, place: str, error: Exception, what: str, revision: str | None) -> str:
     """What is wrong with a place that did not load, and what to do."""
     if Path(place).expanduser().exists():
+        if isinstance(error, pickle.UnpicklingError):
+            return f"its pickled weights hold more than tensors{_HOW_TO_CONVERT}"
         return f"no {what} came from it ({_first_line(error)}); {_put(reward, option)}"
     if not _is_hub_name(place):
         return f"there is no such folder; {_put(reward, option)}"
