@@ -36,6 +36,13 @@ def test_images_of_the_decoder(images):
     assert reward(images[:0], []).shape == (0,)
 
 
+def test_an_image_of_nan_has_no_size(images):
+    """It would be a black one, the smallest file, and an overflow would be what is rewarded most."""
+    images[1, 0, 0, 0], images[2, 0, 0, 0] = torch.nan, torch.inf
+    for name in ("file_size_incompressibility", "file_size_compressibility"):
+        assert rewards.load(name)(images, [""] * 3).isfinite().tolist() == [True, False, False]
+
+
 def test_error():
     reward = rewards.load("file_size_compressibility", options={"quality": 0})
     with pytest.raises(RewardSpecError, match="quality=0"):

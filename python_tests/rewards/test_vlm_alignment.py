@@ -106,6 +106,13 @@ def test_reward_is_the_slow_computation(models, images):
     torch.testing.assert_close(plain, torch.tensor(expected), rtol=1e-4, atol=1e-5)
 
 
+def test_nothing_is_said_of_an_image_of_nan(models, images):
+    reward, broken = rewards.load("vlm_alignment", options=options(models)), images.clone()
+    broken[1, 0, 0, 0] = torch.nan
+    scores, expected = reward(broken, PROMPTS), reward(images, PROMPTS)
+    assert scores[1].isnan() and torch.equal(scores[[0, 2]], expected[[0, 2]])
+
+
 def test_declares_no_gradient(models):
     reward = rewards.load("vlm_alignment", options=options(models))
     assert not reward.differentiable and reward.downloads

@@ -19,13 +19,16 @@ def incompressibility(
 ) -> torch.Tensor:
     """Kilobytes (B,), a thousand bytes each, of images (B, 3, H, W) in [0, 1] as JPEG files, headers and all.
 
+    An image that holds NaN or inf has NaN: in a file it would be black, the smallest there is.
+
     *Raises* RewardSpecError, for a quality outside 1 to 100.
     *Source* Black et al., Training Diffusion Models with Reinforcement Learning (2024): quality 95.
     """
     if isinstance(quality, bool) or not isinstance(quality, int) or not 1 <= quality <= 100:
         raise RewardSpecError(f"quality={quality!r} is none of JPEG's; give a whole number from 1 to 100, such as 95")
     pixels = (images.detach().float() * 255).round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    return torch.tensor([_bytes(image, quality) / 1000 for image in pixels], device=images.device)
+    sizes = torch.tensor([_bytes(image, quality) / 1000 for image in pixels], device=images.device)
+    return sizes.masked_fill(~images.detach().flatten(1).isfinite().all(1), torch.nan)
 
 
 @declare(differentiable=False, unit="kilobytes")

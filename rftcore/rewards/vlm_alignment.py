@@ -88,14 +88,16 @@ class VlmAlignment(nn.Module):
         self.similarity = TextSimilarity(similarity, similarity_layer, reward=NAME, option="similarity")
 
     def forward(self, images: Tensor, prompts: Sequence[str], metadata=None) -> Tensor:
-        """(B,) fp32 of images (B, 3, H, W) in [0, 1] and B prompts."""
+        """(B,) fp32 of images (B, 3, H, W) in [0, 1] and B prompts; NaN for an image that holds NaN or inf."""
         if len(prompts) != len(images):
             raise RewardSpecError(
                 f"reward {NAME!r}: {len(images)} images and {len(prompts)} prompts; give one for each"
             )
         answers = self.vlm.describe(pictures(images), self.question, self.max_new_tokens, self.images_at_once)
         references = [self.reference.replace("{}", prompt) for prompt in prompts]
-        return self.similarity.recall(answers, references).to(images.device)
+        scores = self.similarity.recall(answers, references).to(images.device)
+        # What is said of a picture that was made of it is about that picture alone.
+        return scores.masked_fill(~images.detach().flatten(1).isfinite().all(1), torch.nan)
 
 
 def pictures(images: Tensor) -> list[Image.Image]:
