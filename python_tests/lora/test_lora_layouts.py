@@ -5,7 +5,11 @@ import json
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
+from diffusers.utils import (
+    convert_state_dict_to_diffusers,
+    convert_state_dict_to_kohya,
+    convert_unet_state_dict_to_peft,
+)
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel
 from peft.utils import get_peft_model_state_dict
@@ -266,6 +270,8 @@ def pair(**changed):
         (pair(**{f"{NAME}.lora_B.weight": torch.ones(5, 3)}), r"lora_A.weight is \(2, 4\) and .* is \(5, 3\)"),
         (pair(**{f"{NAME}.lora_B.weight": torch.full((5, 2), torch.nan)}), "lora_B.weight has values that are NaN"),
         (pair(**{f"{NAME}.lora_A.weight": torch.ones(2, 4).long()}), "is of torch.int64"),
+        (pair(**{f"{NAME}.lora_A.weight": torch.ones(2, 4).to(torch.float8_e4m3fn)}), "is of torch.float8_e4m3fn"),
+        (pair(**{f"{NAME}.alpha": torch.ones(2)}), r"alpha is \(2,\), and an alpha is one number"),
     ],
 )
 def test_files_that_are_no_lora(state, message, tmp_path):
@@ -298,6 +304,38 @@ def test_files_that_cannot_be_read(two, tmp_path):
     save_file(pair(), path, metadata={layouts.CONFIG_KEY: "no json"})
     with pytest.raises(UsageError, match="its metadata lora_adapter_metadata is no JSON"):
         files.read(path)
+    for wrong in ({"lora_alpha": None}, {"lora_alpha": "x"}, {"alpha_pattern": [1]}, {"alpha_pattern": {"(": 1}}):
+        said = {f"unet.{key}": value for key, value in wrong.items()}
+        save_file(pair(), path, metadata={layouts.CONFIG_KEY: json.dumps(said)})
+        with pytest.raises(UsageError, match=f"gives {NAME} no alpha that can be read"):
+            files.read(path)
+
+
+def test_the_files_of_diffusers_own_converter_to_kohya(two, tmp_path):
+    """Its alphas are ranks, as whole numbers, whatever alpha the adapter had."""
+    lora = Lora({name: layer for name, layer in two["sd1"][0][0].layers.items() if name.startswith("unet.")})
+    state, _ = layouts.to_diffusers(lora)
+    written = convert_state_dict_to_kohya(state)
+    assert {value.dtype for key, value in written.items() if key.endswith(".alpha")} == {torch.int64}
+    save_file(written, tmp_path / "a.safetensors")
+    found = files.read(tmp_path / "a.safetensors")
+    assert found.layout == "kohya"
+    assert_same_layers(
+        found, Lora({name: Layer(layer.down, layer.up, layer.rank) for name, layer in lora.layers.items()})
+    )
+
+
+def test_a_layers_own_alpha_goes_before_the_configs(tmp_path):
+    said = {"unet.lora_alpha": 3, "unet.r": 2, "unet.target_modules": ["proj_in"]}
+    save_file(
+        pair(**{f"{NAME}.alpha": torch.tensor(7.0)}),
+        tmp_path / "a.safetensors",
+        metadata={layouts.CONFIG_KEY: json.dumps(said)},
+    )
+    lora = files.read(tmp_path / "a.safetensors")
+    assert lora.layers[NAME].alpha == 7
+    for layout, name in (("diffusers", "b.safetensors"), ("peft", "b")):
+        assert_same_layers(files.read(files.write(lora, tmp_path / name, layout)), lora)
 
 
 def test_a_lora_of_another_base_names_the_first_key(make_pipeline, two, tmp_path):
@@ -321,7 +359,17 @@ def test_what_is_there_is_not_replaced(two, tmp_path):
     with pytest.raises(UsageError, match="is not empty; .* --force"):
         files.write(lora, folder, "peft")
     assert_same_layers(files.read(files.write(lora, folder, "peft", force=True)), lora)
+    alone = Lora({name: layer for name, layer in lora.layers.items() if name.startswith("unet.")})
+    for one in (alone, lora, alone):
+        # What was there would be read with the new one, or in place of it.
+        assert_same_layers(files.read(files.write(one, folder, "peft", force=True)), one)
+    (tmp_path / "trained").mkdir()
+    (tmp_path / "trained" / "pytorch_lora_weights.safetensors").write_bytes(before)
+    with pytest.raises(UsageError, match="holds pytorch_lora_weights.safetensors, which would be read in place"):
+        files.write(lora, tmp_path / "trained", "peft", force=True)
     for target, layout, message in [
+        (source / "a.safetensors", "kohya", "a.safetensors cannot be written .*; give another place"),
+        (source / "a", "peft", "a cannot be written .*; give another place"),
         (folder, "kohya", "ends in .safetensors"),
         (source, "peft", "is a folder"),
         (tmp_path / "a.bin", "diffusers", "ends in .safetensors"),

@@ -91,6 +91,14 @@ def test_what_is_lost_to_a_dtype_is_told(two):
         mix([("a", a, 1e6)], dtype=torch.float16)
 
 
+def test_loras_that_cancel(two):
+    """Nothing is left to be a share of but the rounding of what was summed."""
+    a, _ = two["sd1"][0]
+    none = mix([("a", a, 0.7), ("a", a, -0.7)])
+    assert none.error < 1e-12 and none.worst_error < 1e-12
+    assert max(float(value.norm()) for value in changes(none.lora).values()) < 1e-12
+
+
 def test_loras_that_cannot_be_mixed(two, shapes):
     a, other = two["sd1"][0][0], two["sdxl"][0][0]
     with pytest.raises(UsageError, match=r"b.s is of another base model than a.s: unet\.\S+ changes a weight of \("):

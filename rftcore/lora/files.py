@@ -82,17 +82,18 @@ def read(path: Path) -> Lora:
 def write(lora: Lora, path: Path, layout: str = "diffusers", force: bool = False) -> Path:
     """Writes a LoRA in "diffusers", "peft" or "kohya" layout; returns the path. PEFT's is a folder.
 
-    Raises: UsageError where something is there and `force` is not given, or the layout does not know a layer.
+    Raises: UsageError where something is there and `force` is not given, the layout does not know a layer, or the
+        place cannot be written to.
     """
     check_free(path, layout, force)
-    if layout == "peft":
-        # One component needs no subfolder, unless it is one that its keys do not tell.
-        alone = lora.components in (["unet"], ["text_encoder"])
-        for component in lora.components:
-            _write_peft(lora, component, path if alone else path / component)
-        return path
-    state, metadata = layouts.to_kohya(lora, path) if layout == "kohya" else layouts.to_diffusers(lora)
-    _write_file(state, path, metadata)
+    try:
+        if layout == "peft":
+            _write_folder(lora, path)
+        else:
+            state, metadata = layouts.to_kohya(lora, path) if layout == "kohya" else layouts.to_diffusers(lora)
+            _write_file(state, path, metadata)
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"-o {path} cannot be written ({error}); give another place") from error
     return path
 
 
@@ -103,6 +104,8 @@ def check_free(path: Path, layout: str, force: bool) -> None:
             raise UsageError(f"-o {path}: PEFT's layout is a folder; give one")
         if path.is_dir() and any(path.iterdir()) and not force:
             raise UsageError(f"-o {path} is not empty; give another folder, or --force to write into it")
+        if (path / FILE).exists():
+            raise UsageError(f"-o {path} holds {FILE}, which would be read in place of what is written; give another")
         return
     if path.suffix != ".safetensors" or path.is_dir():
         raise UsageError(f"-o {path}: the result is one file; give a name that ends in .safetensors")
@@ -141,6 +144,19 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UsageError(f"{path} is no JSON object of settings")
     return config
+
+
+def _write_folder(lora: Lora, path: Path) -> None:
+    # One component needs no subfolder, unless it is one that its keys do not tell.
+    alone = lora.components in (["unet"], ["text_encoder"])
+    folders = {component: path if alone else path / component for component in lora.components}
+    for component, folder in folders.items():
+        _write_peft(lora, component, folder)
+    # Adapters that were there would be read with the new one, or in place of it.
+    for folder in (path, *(path / component for component in COMPONENTS)):
+        if folder not in folders.values():
+            (folder / CONFIG_FILE).unlink(missing_ok=True)
+            (folder / PEFT_FILE).unlink(missing_ok=True)
 
 
 def _write_peft(lora: Lora, component: str, folder: Path) -> None:

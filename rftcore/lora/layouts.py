@@ -50,6 +50,8 @@ _ENDS = (
     (re.compile(r"(?P<name>.+)\.(?P<part>alpha)"), "", ""),
 )
 _PARTS = {"A": "down", "down": "down", "B": "up", "up": "up", "alpha": "alpha"}
+# What a LoRA's matrices may be of: those that arithmetic is served for.
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # The oldest names of a text encoder's projections.
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
@@ -86,6 +88,10 @@ def read(
         _refuse_others({}, component_config, where)
     extra.pop("format", None)
     layers = {name: _layer(name, parts, configs.get(split(name)[0]), where) for name, parts in found.items()}
+    # A layer's own alpha goes before the config's, which would be written on as it is.
+    for name, parts in found.items():
+        if "alpha" in parts:
+            configs.pop(split(name)[0], None)
     layout = next((known for known in ("kohya", "peft", "diffusers-old") if known in layouts), "diffusers")
     return Lora(layers, layout, configs, extra)
 
@@ -263,9 +269,15 @@ def _layer(
         raise UsageError(
             f"{where} is incomplete: {next(iter(parts.values()))[0]} is there, and {name} has no {missing[0]} matrix"
         )
-    for key, value in parts.values():
-        if not value.is_floating_point():
-            raise UsageError(f"{where}: {key} is of {value.dtype}, and a LoRA's weights are floating-point numbers")
+    for part, (key, value) in parts.items():
+        # An alpha may be a whole number, as diffusers' own converter to kohya's names writes the rank.
+        if part == "alpha" and value.numel() != 1:
+            raise UsageError(f"{where}: {key} is {tuple(value.shape)}, and an alpha is one number; the file is broken")
+        if part != "alpha" and value.dtype not in _DTYPES:
+            raise UsageError(
+                f"{where}: {key} is of {value.dtype}, and a LoRA's weights are of fp32, bf16 or fp16; convert them, or "
+                "look for such a file"
+            )
         if not torch.isfinite(value).all():
             raise UsageError(
                 f"{where}: {key} has values that are NaN or infinite; the file is broken or its training was"
@@ -280,7 +292,12 @@ def _layer(
         )
     if "alpha" in parts:
         return Layer(down, up, float(parts["alpha"][1].item()))
-    return Layer(down, up, _alpha(split(name)[1], rank, config))
+    try:
+        return Layer(down, up, _alpha(split(name)[1], rank, config))
+    except (TypeError, ValueError, AttributeError, re.error) as error:
+        raise UsageError(
+            f"{where}: the adapter config gives {name} no alpha that can be read (lora_alpha or alpha_pattern): {error}"
+        ) from error
 
 
 def _alpha(module: str, rank: int, config: Mapping[str, Any] | None) -> float:

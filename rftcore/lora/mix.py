@@ -13,11 +13,15 @@ from rftcore.lora.layers import Layer, Lora, base
 from rftcore.training.errors import UsageError
 
 Term = tuple[float, Layer]
+# Of fp64 sums, with room.
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
 class Mixture:
     """A mixture, and how far it is from the exact one, as a share of the exact one's Frobenius norm.
+
+    Where the LoRAs cancel, the share is of what was summed.
 
     Attributes:
         error: of all layers together.
@@ -58,7 +62,7 @@ def mix(
     metadata = dict(wanted[0][1].metadata) if len(wanted) == 1 else {}
     squares, errors = 0.0, {}
     for name, parts in terms.items():
-        exact = algebra.norm(*parts)
+        exact = _size(parts)
         off = algebra.norm(*parts, (-1.0, layers[name]))
         squares += exact**2
         errors[name] = (off, off / exact if exact else 0.0)
@@ -66,6 +70,16 @@ def mix(
     total = math.sqrt(sum(off**2 for off, _ in errors.values()))
     error = total / math.sqrt(squares) if squares else 0.0
     return Mixture(Lora(layers, metadata=metadata), error, worst, errors[worst][1])
+
+
+def _size(terms: Sequence[Term]) -> float:
+    """The norm of a sum; where its terms cancel, so that rounding is all that is left, a bound of theirs."""
+    exact = algebra.norm(*terms)
+    pairs = [algebra.factors(layer) for _, layer in terms]
+    summed = sum(
+        abs(weight) * float(up.norm() * down.norm()) for (weight, _), (up, down) in zip(terms, pairs, strict=True)
+    )
+    return exact if exact > _ROUNDING * summed else summed
 
 
 def _check_same_base(loras: Sequence[tuple[str, Lora, float]]) -> None:
