@@ -410,6 +410,17 @@ def test_requests_that_cannot_work(options, message, tmp_path, monkeypatch):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"--output_dir \S+file/out cannot be made .*; give another"):
+        sample(tmp_path / "file" / "out", num_inference_steps=1)
+
+
+def test_a_flag_that_is_given_twice_loses_nothing():
+    parsed = cli._parse(["sample", "--lora", "a", "b:0.5", "--lora", "c", "--prompt", "x", "--prompt", "y"]).sample
+    assert parsed.lora == ["a", "b:0.5", "c"] and parsed.prompt == ["x", "y"] and parsed.lora_scales is None
+
+
 def test_out_of_memory(monkeypatch, tmp_path):
     def decode(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")

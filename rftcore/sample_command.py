@@ -70,7 +70,10 @@ def sample(options: SampleOptions) -> Path:
     rftcore.accelerate(pipe.unet)
     if pipeline.vae(pipe) is not None:
         rftcore.accelerate(pipe.vae)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--output_dir {folder} cannot be made ({error}); give another") from error
     try:
         shown = _write_images(pipe, sampler, encoded, size, sheet, folder)
     except torch.OutOfMemoryError as error:

@@ -123,7 +123,8 @@ def add_options(parser: ArgumentParser) -> None:
         kind = types[field.name]
         settings = {"type": kind}
         if kind in (list[str] | None, list[float] | None):
-            settings = {"type": typing.get_args(typing.get_args(kind)[0])[0], "nargs": "+"}
+            # Extends: a flag that is given twice must not lose what it was given first.
+            settings = {"type": typing.get_args(typing.get_args(kind)[0])[0], "nargs": "+", "action": "extend"}
         elif kind is bool:
             settings = {"action": "store_true"}
         help_ = field.metadata["help"].replace("%", "%%")
