@@ -46,6 +46,12 @@ def test_json(write, document, column, expected):
     assert prompts.load(write("p.json", json.dumps(document)) + column) == expected
 
 
+def test_a_file_in_the_home_folder(write, tmp_path, monkeypatch):
+    write("a.txt", "a cat\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert prompts.load("~/a.txt") == ["a cat"]
+
+
 def test_json_lines_of_another_key(write):
     file = write("p.jsonl", '{"prompt": "a cat", "caption": "a dog"}\n')
     assert prompts.load(f"{file}:caption") == ["a dog"]
@@ -75,6 +81,8 @@ def test_json_lines_of_another_key(write):
         ),
         ("a.csv", 'prompt\n"a cat\n', "", "line 2: not a table"),
         ("a.csv", "prompt,id\na cat,1\n,2\n", "", "line 3: the prompt is empty"),
+        ("a.jsonl", '{"prompt": "a"}\n{"prompt": " "}\n', "", "line 2: the prompt is empty"),
+        ("a.json", '["a", ""]', "", "entry 2: the prompt is empty"),
         ("a.csv", "", "", "is empty; its first line must name the columns"),
         ("a.csv", "prompt,id\n", "", "are empty; at least one"),
         ("a.tsv", "Prompt\tId\na cat\n", "", "line 2: 1 fields, .* names 2 columns$"),

@@ -86,8 +86,7 @@ def column_like(path: Path, header: Sequence[str], names: Sequence[str]) -> int:
 def filled(path: Path, rows: Sequence[tuple[int, list[str]]], index: int) -> list[tuple[list[str], str]]:
     """Rows with their prompt. Raises: PromptsError for an empty one."""
     for number, row in rows:
-        if not row[index]:
-            raise PromptsError(f"{path}, line {number}: the prompt is empty; fill it in, or take the line out")
+        _not_empty(path, f"line {number}", row[index])
     return [(row, row[index]) for _, row in rows]
 
 
@@ -115,7 +114,9 @@ def _of_document(path: Path, document: Any, column: str | None) -> list[str]:
     if not isinstance(document, list):
         raise PromptsError(f"{path}: a list of prompts is expected, not {json.dumps(document)[:80]}")
     return [
-        record if isinstance(record, str) else _of_record(path, f"entry {number}", record, column or _KEY)
+        _not_empty(path, f"entry {number}", record)
+        if isinstance(record, str)
+        else _of_record(path, f"entry {number}", record, column or _KEY)
         for number, record in enumerate(document, start=1)
     ]
 
@@ -125,7 +126,13 @@ def _of_record(path: Path, where: str, record: Any, key: str) -> str:
         raise PromptsError(
             f'{path}, {where}: an object with a string under "{key}" is expected, not {json.dumps(record)[:80]}'
         )
-    return record[key]
+    return _not_empty(path, where, record[key])
+
+
+def _not_empty(path: Path, where: str, prompt: str) -> str:
+    if not prompt.strip():
+        raise PromptsError(f"{path}, {where}: the prompt is empty; fill it in, or take it out")
+    return prompt
 
 
 def _parsed(path: Path, text: str, where: str | None = None) -> Any:
@@ -139,7 +146,7 @@ def _parsed(path: Path, text: str, where: str | None = None) -> Any:
 
 def _text(path: Path) -> str:
     try:
-        content = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+        content = path.expanduser().read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
         raise PromptsError(f"prompts file {path} cannot be read: {error.strerror}") from error
     try:

@@ -26,11 +26,11 @@ EDGE, CROP = 256, 224
     differentiable=True,
     unit="nats",
     range=(-math.inf, 0.0),
-    downloads=(f"{HUB} (0.1 GB)",),
+    downloads=(f"{HUB} (about 0.1 GB)",),
     licence="Apache-2.0",
 )
 class Adversarial(nn.Module):
-    """log p(target | image) of an image classifier, whatever the prompt asks for.
+    """How surely a classifier takes an image for the class `target`, whatever its prompt: log p(target | image).
 
     Args:
         target: a class, by its index or by its name: the whole label, or one of its comma-separated synonyms.

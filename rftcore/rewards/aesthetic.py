@@ -27,14 +27,15 @@ HEAD_FILES = (
     differentiable=True,
     unit="aesthetic score",
     range=(1.0, 10.0),
-    downloads=(f"{MODEL} (1.7 GB)", f"{HEAD} (4 MB)"),
+    downloads=(f"{MODEL} (about 1.7 GB)", f"{HEAD} (about 4 MB)"),
     licence="MIT (openai/CLIP), Apache-2.0 (improved-aesthetic-predictor)",
 )
 class Aesthetic(nn.Module):
-    """A score that was fitted to people's, from 1 to 10; images of Stable Diffusion have about 5.4.
+    """How much people would like an image, by LAION's predictor: 1 to 10, about 5.4 for Stable Diffusion's.
 
-    The predictor has five linear layers and nothing between them: it is one affine map of CLIP's features, and computed
-    so. The features are of length 1; without that, scores beyond 20 are seen.
+    It was fitted to people's scores, and looks at no prompt. It has five linear layers and nothing between them: it is
+    one affine map of CLIP's features, and computed so. The features are of length 1; without that, scores beyond 20 are
+    seen.
 
     Args:
         model: CLIP ViT-L/14 by hub name or folder; its text is not loaded.

@@ -17,11 +17,11 @@ MODEL = "openai/clip-vit-large-patch14"
     differentiable=True,
     unit="100 cos",
     range=(-100.0, 100.0),
-    downloads=(f"{MODEL} (1.7 GB)",),
+    downloads=(f"{MODEL} (about 1.7 GB)",),
     licence="MIT (openai/CLIP)",
 )
 class ClipScore(nn.Module):
-    """100 cos(image, prompt): about 15 to 35 for what people draw.
+    """How well an image fits its prompt, to CLIP: 100 cos(image, prompt), about 15 to 35 for what people draw.
 
     Args:
         model: a CLIP model's hub name or folder.

@@ -17,9 +17,10 @@ QUALITY = 95
 def incompressibility(
     images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[dict] | None = None, *, quality: int = QUALITY
 ) -> torch.Tensor:
-    """Kilobytes (B,), a thousand bytes each, of images (B, 3, H, W) in [0, 1] as JPEG files, headers and all.
+    """How large JPEG files the images make: kilobytes, a thousand bytes each, headers and all.
 
-    An image that holds NaN or inf has NaN: in a file it would be black, the smallest there is.
+    (B,) of images (B, 3, H, W) in [0, 1]. An image that holds NaN or inf has NaN: in a file it would be black, the
+    smallest there is.
 
     *Raises* RewardSpecError, for a quality outside 1 to 100.
     *Source* Black et al., Training Diffusion Models with Reinforcement Learning (2024): quality 95.
@@ -35,7 +36,10 @@ def incompressibility(
 def compressibility(
     images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[dict] | None = None, *, quality: int = QUALITY
 ) -> torch.Tensor:
-    """Minus the kilobytes of images as JPEG files: the smaller they are, the higher; else as `incompressibility`."""
+    """How small JPEG files the images make: minus their kilobytes.
+
+    Shapes, arguments and errors are those of `incompressibility`.
+    """
     return -incompressibility(images, prompts, metadata, quality=quality)
 
 

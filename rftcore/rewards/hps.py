@@ -90,13 +90,14 @@ class _HumanPreference(nn.Module):
     differentiable=True,
     unit="cos",
     range=(0.2, 0.4),
-    downloads=(f"{MODEL} (HPS_v2_compressed.pt, up to 4 GB)", f"{TOKENIZER} (the tokenizer alone, 3 MB)"),
+    downloads=(f"{MODEL} (HPS_v2_compressed.pt, up to 4 GB)", f"{TOKENIZER} (the tokenizer alone, about 3 MB)"),
     licence=_LICENCE,
 )
 class HPSv2(_HumanPreference):
-    """HPSv2: the cosine of an image and its prompt, .25 to .30 for what is drawn today. Not comparable with HPSv2.1's.
+    """How people would prefer an image for its prompt, by HPSv2: a cosine, .25 to .30 for what is drawn today.
 
-    An image that is no square is seen whole, with black beside it, as by its authors' code with a current torchvision.
+    Its values are not comparable with HPSv2.1's. An image that is no square is seen whole, with black beside it, as by
+    its authors' code with a current torchvision.
 
     Args:
         model: a hub name; HPS_v2_compressed.pt, or a folder with it, also as .safetensors; or a folder of transformers.
@@ -117,13 +118,14 @@ class HPSv2(_HumanPreference):
     differentiable=True,
     unit="cos",
     range=(0.2, 0.4),
-    downloads=(f"{MODEL} (HPS_v2.1_compressed.pt, up to 4 GB)", f"{TOKENIZER} (the tokenizer alone, 3 MB)"),
+    downloads=(f"{MODEL} (HPS_v2.1_compressed.pt, up to 4 GB)", f"{TOKENIZER} (the tokenizer alone, about 3 MB)"),
     licence=_LICENCE,
 )
 class HPSv21(_HumanPreference):
-    """HPSv2.1, trained on better data: .20 to .40. Its values are not comparable with HPSv2's.
+    """How people would prefer an image for its prompt, by HPSv2.1, which saw better data: a cosine, .20 to .40.
 
-    Arguments and errors are those of `HPSv2`; the file is HPS_v2.1_compressed.pt.
+    Its values are not comparable with HPSv2's. Arguments and errors are those of `HPSv2`; the file is
+    HPS_v2.1_compressed.pt.
 
     Source: github.com/tgxs002/HPSv2, released on 9 February 2024.
     """

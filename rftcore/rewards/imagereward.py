@@ -27,13 +27,14 @@ _HEAD = "mlp."
 @declare(
     differentiable=True,
     unit="standard deviations",
-    downloads=(f"{HUB} (1.8 GB)", f"{TOKENIZER} (its tokenizer, 1 MB)"),
+    downloads=(f"{HUB} (about 1.8 GB)", f"{TOKENIZER} (its tokenizer, about 1 MB)"),
     licence="Apache-2.0",
 )
 class ImageReward(nn.Module):
-    """(mlp(first token of the text tower that looks at the image) - 0.16717) / 1.03334.
+    """How well an image suits its prompt, by BLIP trained on people's rankings: deviations above the mean.
 
-    Images go through the original's resize of the shortest edge and centre crop to 224 px; a prompt has 35 tokens.
+    It is (mlp(first token of the text tower that looks at the image) - 0.16717) / 1.03334. Images go through the
+    original's resize of the shortest edge and centre crop to 224 px; a prompt has 35 tokens.
 
     Args:
         model: a hub name, a folder with ImageReward.safetensors or ImageReward.pt, or such a file.

@@ -45,7 +45,7 @@ class _Loss:
 
 @declare(differentiable=True, unit="squared error")
 class Compressibility(_Loss):
-    """Minus what JPEG takes from images, -||x - d(c(x))||^2, or what they cost: the better they keep, the higher.
+    """How well JPEG keeps images: -||x - d(c(x))||^2, or minus their kilobytes, as `measure` says.
 
     *Source* Clark et al., Directly Fine-Tuning Diffusion Models on Differentiable Rewards (2024); its codec is Shin and
     Song's.
@@ -59,7 +59,7 @@ class Compressibility(_Loss):
 
 @declare(differentiable=True, unit="squared error")
 class Incompressibility(_Loss):
-    """What JPEG takes from images, ||x - d(c(x))||^2, or what they cost: the opposite of `Compressibility`."""
+    """How badly JPEG keeps images: ||x - d(c(x))||^2, or their kilobytes, as `measure` says."""
 
     def __call__(
         self, images: torch.Tensor, prompts: Sequence[str], metadata: Sequence[dict] | None = None

@@ -115,16 +115,16 @@ class _Detector(nn.Module):
     differentiable=True,
     unit="probability",
     range=(0.0, 1.0),
-    downloads=(f"{HUB} (0.6 GB)",),
+    downloads=(f"{HUB} (about 0.6 GB)",),
     licence="Apache-2.0",
 )
 class Addition(_Detector):
-    """mean over queries q of p_q, p_q = max over boxes i of sigmoid(l_iq): how surely each is somewhere in the image.
+    """How surely the objects of `queries` are somewhere in the image: the mean over queries q of p_q.
 
-    The maximum, because one box is enough: the small probabilities of the 576 boxes of an image that shows nothing
-    would add up. Nothing is cut off at a threshold, so that an image without a box has a gradient, too. It is
-    p_q (1 - p_q) times the logit's, small for an object that is hardly there: with `log`, the mean of log p_q, it is
-    1 - p_q times the logit's, largest there.
+    p_q = max over boxes i of sigmoid(l_iq). The maximum, because one box is enough: the small probabilities of the 576
+    boxes of an image that shows nothing would add up. Nothing is cut off at a threshold, so that an image without a box
+    has a gradient, too. It is p_q (1 - p_q) times the logit's, small for an object that is hardly there: with `log`,
+    the mean of log p_q, it is 1 - p_q times the logit's, largest there.
 
     Images are resized to the model's square without a crop, as its processor does; prompts are not looked at.
 
@@ -142,15 +142,15 @@ class Addition(_Detector):
     differentiable=True,
     unit="probability",
     range=(0.0, 1.0),
-    downloads=(f"{HUB} (0.6 GB)",),
+    downloads=(f"{HUB} (about 0.6 GB)",),
     licence="Apache-2.0",
 )
 class Removal(_Detector):
-    """mean over queries q of 1 - p_q, p_q as in `Addition`: how surely each is nowhere in the image.
+    """How surely the objects of `queries` are nowhere in the image: the mean over queries q of 1 - p_q.
 
-    The most confident box alone has a gradient, p_q (1 - p_q) times its logit's, and as it fades the next one takes
-    its place; with `log`, the mean of log(1 - p_q), it is p_q times the logit's, largest where an object is plainly
-    there.
+    p_q is as in `Addition`. The most confident box alone has a gradient, p_q (1 - p_q) times its logit's, and as it
+    fades the next one takes its place; with `log`, the mean of log(1 - p_q), it is p_q times the logit's, largest where
+    an object is plainly there.
     """
 
     _name = "owlvit_removal"

@@ -18,13 +18,14 @@ TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
     differentiable=True,
     unit="logit of a pick",
     range=(18.0, 24.0),
-    downloads=(f"{MODEL} (3.9 GB)", f"{TOKENIZER} (the tokenizer alone, 3 MB)"),
+    downloads=(f"{MODEL} (about 3.9 GB)", f"{TOKENIZER} (the tokenizer alone, about 3 MB)"),
     licence="MIT (yuvalkirstain/PickScore)",
 )
 class PickScore(nn.Module):
-    """exp(logit_scale) cos(image, prompt): about 18 to 24; each image is scored against its own prompt.
+    """How gladly people would pick an image for its prompt: exp(logit_scale) cos(image, prompt), about 18 to 24.
 
-    The softmax of two images' scores is the probability that people pick one of them.
+    Each image is scored against its own prompt. The softmax of two images' scores is the probability that people pick
+    one of them.
 
     Args:
         model: hub name, or folder.

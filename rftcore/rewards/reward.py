@@ -21,7 +21,7 @@ class Reward:
         differentiable: whether its gradient with respect to the images exists.
         unit: what its values are counted in.
         range: its lowest and highest value, or about that; None where there is none, or it is not known.
-        downloads: hub names of what it loads by default, each with its size.
+        downloads: hub names of what it loads by default, each with about its size.
         licence: of those.
     """
 

@@ -25,7 +25,9 @@ def symmetry(
     *,
     kind: str = "left_right",
 ) -> torch.Tensor:
-    """-mean (x - s(x))^2 (B,) over pixels and channels of images x (B, 3, H, W) in [0, 1]: 0 where x is symmetric.
+    """How symmetric images x are: -mean (x - s(x))^2 over pixels and channels, 0 where x equals s(x).
+
+    (B,) of images (B, 3, H, W) in [0, 1].
 
     Args:
         kind: what s does: left_right and up_down mirror, half_turn and quarter_turn rotate.

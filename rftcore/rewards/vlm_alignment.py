@@ -23,7 +23,7 @@ QUESTION = "what is going on in this image?"
     differentiable=False,
     unit="BERTScore recall",
     range=(-1.0, 1.0),
-    downloads=(f"{MODEL} (14 GB)", f"{text_similarity.MODEL} (3 GB)"),
+    downloads=(f"{MODEL} (about 14 GB)", f"{text_similarity.MODEL} (about 3 GB)"),
     licence="Llama 2 Community License (LLaVA), MIT (DeBERTa)",
 )
 class VlmAlignment(nn.Module):

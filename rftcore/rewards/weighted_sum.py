@@ -39,8 +39,8 @@ class WeightedSum:
             number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
             if not number or not math.isfinite(weight) or weight == 0:
                 raise RewardSpecError(
-                    f"reward {reward.name!r} has the weight {weight!r}; it must be a finite number and not 0. To only measure a "
-                    "reward, name it in eval.held_out_reward"
+                    f"reward {reward.name!r} has the weight {weight!r}; it must be a finite number and not 0. To only "
+                    "measure a reward, name it in eval.held_out_reward"
                 )
         self.parts = tuple(parts)
         self.differentiable = all(reward.differentiable for reward, _ in parts)
