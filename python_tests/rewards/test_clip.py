@@ -174,6 +174,13 @@ def test_it_is_frozen_copied_and_declared(folder, reward):
         assert found.to("cpu")(images, ["a"]).shape == (1,)
 
 
+def test_one_prompt_is_not_every_images(folder, reward):
+    images = eight_bit_images(2, 40, 40)
+    for prompts, message in {("a cat",): "2 images and 1 prompts", "ab": "2 images and the text 'ab'"}.items():
+        with pytest.raises(RewardSpecError, match=message):
+            reward(images, prompts)
+
+
 def test_errors(folder, tmp_path):
     with pytest.raises(RewardSpecError, match="'clip_score' has dtype='int8'; allowed are 'fp32', 'fp16', 'bf16'"):
         ClipScore(folder, dtype="int8")

@@ -14,7 +14,7 @@ from transformers import CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from rftcore.rewards import checkpoints
 from rftcore.rewards.preprocessing import clip_input
-from rftcore.rewards.reward import RewardSpecError
+from rftcore.rewards.reward import RewardSpecError, check_prompts
 from rftcore.rewards.towers import checkpoint_layers, freeze, looked_at
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -71,7 +71,12 @@ class Clip(nn.Module):
 
     def similarity(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Cosines (B,) of each image's and its own prompt's features."""
-        return (self.image_features(images) * self.text_features(prompts)).sum(-1)
+        return self.cosines(self.image_features(images), prompts)
+
+    def cosines(self, features: Tensor, prompts: Sequence[str]) -> Tensor:
+        """As `similarity`, of the images' features (B, D). Raises: RewardSpecError unless there are B prompts."""
+        check_prompts(features, prompts)
+        return (features * self.text_features(prompts)).sum(-1)
 
     def _text(self, prompt: str) -> Tensor:
         if prompt not in self._texts:

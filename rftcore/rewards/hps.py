@@ -69,7 +69,7 @@ class _HumanPreference(nn.Module):
     def forward(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict] | None = None) -> Tensor:
         """Rewards (B,) of images (B, 3, H, W) in [0, 1]."""
         pixels = normalise(letterbox(images, self.clip.image_size), CLIP_MEAN, CLIP_STD)
-        return (self.clip.pixel_features(pixels) * self.clip.text_features(prompts)).sum(-1)
+        return self.clip.cosines(self.clip.pixel_features(pixels), prompts)
 
     def _from_open_clip(
         self, model: str, tokenizer: str | None, *, checkpointing: bool, dtype: str, revision: str | None

@@ -11,7 +11,7 @@ from rftcore.rewards import blip, checkpoints
 from rftcore.rewards.affine_head import folded
 from rftcore.rewards.clip import named_dtype
 from rftcore.rewards.preprocessing import CLIP_MEAN, CLIP_STD, normalise, resize_shortest
-from rftcore.rewards.reward import declare
+from rftcore.rewards.reward import check_prompts, declare
 from rftcore.rewards.towers import checkpoint_layers, freeze, looked_at
 
 NAME = "imagereward"
@@ -75,6 +75,7 @@ class ImageReward(nn.Module):
 
     def forward(self, images: Tensor, prompts: Sequence[str], metadata: Sequence[dict] | None = None) -> Tensor:
         """Rewards (B,) of images (B, 3, H, W) in [0, 1] and their prompts."""
+        check_prompts(images, prompts)
         side = self.vision.config.image_size
         text = self.tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt"

@@ -60,6 +60,13 @@ class Reward:
         return self
 
 
+def check_prompts(images: Sequence, prompts: Sequence[str]) -> None:
+    """Raises RewardSpecError unless each image has a prompt: one prompt would be compared with every image, silently."""
+    if isinstance(prompts, str) or len(prompts) != len(images):
+        given = f"the text {prompts!r}" if isinstance(prompts, str) else f"{len(prompts)} prompts"
+        raise RewardSpecError(f"{len(images)} images and {given}; give a list with one prompt for each image")
+
+
 def declare(
     *,
     differentiable: bool,

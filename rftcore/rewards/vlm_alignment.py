@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from rftcore.rewards import text_similarity
-from rftcore.rewards.reward import RewardSpecError, declare
+from rftcore.rewards.reward import RewardSpecError, check_prompts, declare
 from rftcore.rewards.text_similarity import TextSimilarity
 from rftcore.rewards.vlm import Describer
 from rftcore.rewards.vlm_client import ChatServer
@@ -89,10 +89,7 @@ class VlmAlignment(nn.Module):
 
     def forward(self, images: Tensor, prompts: Sequence[str], metadata=None) -> Tensor:
         """(B,) fp32 of images (B, 3, H, W) in [0, 1] and B prompts; NaN for an image that holds NaN or inf."""
-        if len(prompts) != len(images):
-            raise RewardSpecError(
-                f"reward {NAME!r}: {len(images)} images and {len(prompts)} prompts; give one for each"
-            )
+        check_prompts(images, prompts)
         answers = self.vlm.describe(pictures(images), self.question, self.max_new_tokens, self.images_at_once)
         references = [self.reference.replace("{}", prompt) for prompt in prompts]
         scores = self.similarity.recall(answers, references).to(images.device)
