@@ -187,6 +187,22 @@ def test_a_lora_file_that_lost_its_effect_is_refused(folders, tmp_path, kind):
         weights.verify_reload(pipe.unet, tmp_path)
 
 
+def test_verifying_makes_no_second_unet(folders, tmp_path):
+    """There may be no room for it: beside the adapter, a small probe's activations are all it takes."""
+    pipe = load(folders["sdxl"])
+    weights.attach(pipe, config("lora"), seed=0)
+    moved(pipe.unet)
+    weights.save(pipe.unet, tmp_path)
+    before = {name: value.clone() for name, value in pipe.unet.state_dict().items()}
+    frozen = {p.data_ptr() for p in pipe.unet.parameters() if not p.requires_grad}
+    base = weights._base(pipe.unet)
+    assert {p.data_ptr() for p in base.parameters()} == frozen
+    assert not any(tensor.is_meta for tensor in [*base.parameters(), *base.buffers()])
+    assert weights.verify_reload(pipe.unet, tmp_path) < 1e-4
+    after = pipe.unet.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], value) for name, value in before.items())
+
+
 def test_one_weight_that_was_not_saved_is_named(folders, tmp_path):
     """Changed by less than the output's own rounding."""
     pipe = load(folders["pixels"])

@@ -32,6 +32,8 @@ FILE, PEFT_FILE = "pytorch_lora_weights.safetensors", "adapter_model.safetensors
 FOLDER = "unet"
 ADAPTER = "default"
 _PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Of the latents, or pixels, that a reloaded model is asked about.
+_PROBED_SIDE = 32
 _LOST = "The weights are in the checkpoint; please report this"
 UNet = UNet2DConditionModel | UNet2DModel
 
@@ -274,12 +276,19 @@ def _adapter(unet: UNet) -> dict[str, Tensor]:
 
 
 def _base(unet: UNet) -> UNet:
-    """A fresh model of the same class with the UNet's own weights, without its adapter."""
-    base = type(unet).from_config(unet.config).to(unet.device, unet.dtype).eval()
+    """A fresh model of the same class over the UNet's own weights, without its adapter."""
+    with torch.device("meta"):
+        base = type(unet).from_config(unet.config).eval()
     weights = {
         name.replace(".base_layer.", "."): value for name, value in unet.state_dict().items() if ".lora_" not in name
     }
-    base.load_state_dict(weights)
+    # The very tensors: there may be no room for a second UNet beside the first.
+    base.load_state_dict(weights, assign=True)
+    # Those that are made, not saved.
+    for module_name, module in base.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = unet.get_submodule(module_name).get_buffer(name)
     return base
 
 
@@ -304,6 +313,8 @@ def _probe(unet: UNet) -> Tensor:
     """The output for one random input, in fp32 or wider, without an autocast that was wrapped around the forward."""
     config = unet.config
     sides = (config.sample_size,) * 2 if isinstance(config.sample_size, int) else config.sample_size or (64, 64)
+    # What is asked is whether the weights arrived, which small latents tell as well.
+    sides = tuple(min(side, _PROBED_SIDE) for side in sides)
     source = generator("lora probe")
 
     def noise(*shape: int) -> Tensor:

@@ -197,11 +197,12 @@ class Dpok:
     def _transitions(self, rows: dict[str, Tensor]) -> Transitions:
         given = self.engine.inputs.batch([self.prompts[number] for number in rows["prompts"].tolist()])
         names = ("prompt_embeds", "negative_prompt_embeds", "added_cond_kwargs", "negative_added_cond_kwargs")
+        conditioning = Conditioning.build(*(given.get(name) for name in names), guided=self.sampler.guided)
         return Transitions(
             x=rows["x"],
             next_x=rows["next_x"],
             steps=rows["steps"],
             log_probs=rows["log_probs"],
-            conditioning=Conditioning.build(*(given.get(name) for name in names), guided=self.sampler.guided),
+            conditioning=self.sampler.denoiser.told(conditioning, self.engine.config.sampling.guidance_scale),
             settings=self.settings,
         )
