@@ -399,6 +399,7 @@ def test_lora_arguments(loras, tmp_path):
         ({"lora": ["a"], "interpolate": True}, "--interpolate goes from one LoRA to another, and there are 1"),
         ({"guidance_scale": 0.5}, "--guidance_scale 0.5 must be a number of at least 1"),
         ({"clip_skip": 9}, "--clip_skip 9"),
+        ({"clip_skip": -1}, "--clip_skip -1 must be at least 0"),
     ],
 )
 def test_requests_that_cannot_work(options, message, tmp_path, monkeypatch):
@@ -505,6 +506,11 @@ def test_sdxl(negative_prompt, clip_skip, tmp_path):
     assert largest_difference(found, by_diffusers(pipe, record, **options)) <= 1
     other, _ = sample(tmp_path / "other", model=model, negative_prompt="a handwritten nine", resolution=32)
     assert largest_difference(found, other) > 1
+
+
+def test_a_lora_given_as_the_model(loras, tmp_path):
+    with pytest.raises(UsageError, match="is a LoRA; give the model that it is for, and the LoRA as --lora"):
+        sample(tmp_path / "out", model=str(loras[0] / training_weights.FILE))
 
 
 def test_an_sdxl_lora_on_a_small_model_names_the_first_key(loras, tmp_path):

@@ -32,7 +32,8 @@ from rftcore.training.prompt_inputs import PromptInputs
 METADATA, GRID = "metadata.json", "grid.png"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _GUIDANCE = 7.5
-# Of a config's key in a message, this command's flag.
+# Of a config's key in a message, this command's flag, where its name is another.
+_FLAGS = {"pretrained_model_name_or_path": "model", "fuse_lora": "lora"}
 _KEY = re.compile(r"\b(?:model|sampling)\.(\w+)(=?)")
 
 
@@ -193,8 +194,7 @@ def _told_as_flags() -> Iterator[None]:
 
 
 def _flag(match: re.Match[str]) -> str:
-    name = "model" if match[1] == "pretrained_model_name_or_path" else match[1]
-    return f"--{name}{' ' if match[2] else ''}"
+    return f"--{_FLAGS.get(match[1], match[1])}{' ' if match[2] else ''}"
 
 
 def _sampling(pipe: DiffusionPipeline, options: SampleOptions) -> SamplingConfig:

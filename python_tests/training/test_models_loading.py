@@ -96,11 +96,14 @@ def test_a_lora_becomes_part_of_the_weights(folders, tmp_path):
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
 
 
-def test_a_sum_is_rounded_once(folders, tmp_path):
+@pytest.mark.parametrize("of_file", [torch.float32, torch.bfloat16])
+def test_a_sum_is_rounded_once(folders, tmp_path, of_file):
     with_lora(folders["sd"], tmp_path)
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file({key: value.to(of_file) for key, value in load_file(file).items()}, file)
     key = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
     base = load(folders["sd"], torch.bfloat16).unet.state_dict()[key].double()
-    lora = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    lora = load_file(file)
     name = f"unet.{key.removesuffix('.weight')}"
     exact = base + lora[f"{name}.lora_B.weight"].double() @ lora[f"{name}.lora_A.weight"].double()
     fused = load(folders["sd"], torch.bfloat16, fuse_lora=[str(tmp_path)]).unet.state_dict()[key]

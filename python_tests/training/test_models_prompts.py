@@ -70,6 +70,8 @@ def test_a_clip_skip_that_leaves_nothing(folders, kind, most):
     encode(load(folders[kind], layers=4), most)
     with pytest.raises(UsageError, match=f"sampling.clip_skip={most + 1}, and text_encoder has 4 .*at most {most} can"):
         encode(load(folders[kind], layers=4), most + 1)
+    with pytest.raises(UsageError, match="sampling.clip_skip=-1 must be at least 0"):
+        encode(load(folders[kind], layers=4), -1)
     with pytest.raises(UsageError, match="clip_skip=1, and the DDPMPipeline has no text encoder"):
         pipeline.check_sampling(load(folders["pixels"]), SamplingConfig(guidance_scale=1.0, clip_skip=1))
 

@@ -1,10 +1,15 @@
 """The lines of Python that a model card gives make the pipeline that was trained."""
 
+import shlex
+
 import original_layout
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
 
+from rftcore import cli
+from rftcore.lora import files
+from rftcore.lora.layers import Layer, Lora
 from rftcore.training import pipeline
 from rftcore.training.config import ModelConfig
 from rftcore.training.models import usage
@@ -51,3 +56,28 @@ def test_the_lines_make_the_pipeline(configs, name):
     assert ours.keys() >= theirs.keys()
     assert all(torch.allclose(ours[key], value, atol=1e-6) for key, value in theirs.items())
     assert dict(made.scheduler.config) == dict(expected.scheduler.config)
+
+
+@pytest.mark.parametrize("layout", ["kohya", "kohya of one alpha", "peft"])
+def test_the_lines_of_a_lora_that_diffusers_reads_otherwise(folders, tmp_path, monkeypatch, layout):
+    """They say first how it is converted."""
+    monkeypatch.chdir(tmp_path)
+    names = ["unet.mid_block.attentions.0.proj_in", "unet.mid_block.attentions.0.proj_out"]
+    alphas = (2.0, 2.0 if "one" in layout else 5.0)
+    layers = {
+        name: Layer(torch.randn(2, 16, 1, 1), torch.randn(16, 2, 1, 1), alpha)
+        for name, alpha in zip(names, alphas, strict=True)
+    }
+    name = "a b" if layout == "peft" else "a.safetensors"
+    files.write(Lora(layers), tmp_path / name, layout.partition(" ")[0])
+    config = ModelConfig(str(folders["sd"]), fuse_lora=[f"{name}:0.5"])
+    expected = pipeline.load(config, torch.float32)
+    text = usage.lines(config, type(expected))
+    commands = [line.partition("# After: ")[2] for line in text.splitlines() if line.startswith("# After: ")]
+    assert len(commands) == ("one" not in layout)
+    for command in commands:
+        assert cli.main(shlex.split(command)[1:]) == 0
+    namespace = {}
+    exec(text, namespace)
+    theirs = tensors(namespace["pipeline"])
+    assert all(torch.allclose(theirs[key], value, atol=1e-6) for key, value in tensors(expected).items())

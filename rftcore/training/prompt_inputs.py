@@ -87,7 +87,7 @@ def encode_prompts(
         clip_skip: layers left out at the text encoders' ends, as the pipeline's own call takes it.
 
     Raises:
-        UsageError: where clip_skip leaves no layer.
+        UsageError: where clip_skip leaves no layer, or is negative.
         ValueError: for SDXL without `sample_size`.
     """
     if not hasattr(pipe, "encode_prompt"):
@@ -173,6 +173,8 @@ def _encode_xl(
 def _check_clip_skip(pipe: StableDiffusionPipeline | StableDiffusionXLPipeline, clip_skip: int | None) -> None:
     if clip_skip is None:
         return
+    if clip_skip < 0:
+        raise UsageError(f"sampling.clip_skip={clip_skip} must be at least 0, the number of layers that are left out")
     # SDXL always takes the last layer but one.
     own = 1 if isinstance(pipe, StableDiffusionXLPipeline) else 0
     for name in ("text_encoder", "text_encoder_2"):

@@ -37,12 +37,11 @@ def fuse(pipe: DiffusionPipeline, loras: Sequence[str]) -> None:
 def _merge(model: nn.Module) -> None:
     for layer in model.modules():
         if isinstance(layer, BaseTunerLayer):
-            weight = layer.get_base_layer().weight
-            dtype = weight.dtype
-            # PEFT would round the change, too.
-            weight.data = weight.data.to(torch.promote_types(dtype, torch.float32))
+            dtype = layer.get_base_layer().weight.dtype
+            # With its adapters: PEFT would round the change, too.
+            layer.to(torch.promote_types(dtype, torch.float32))
             layer.merge()
-            weight.data = weight.data.to(dtype)
+            layer.get_base_layer().to(dtype)
     recurse_remove_peft_layers(model)
     # What is left of an adapter's traces would make the next one a second one.
     if hasattr(model, "peft_config"):

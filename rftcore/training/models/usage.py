@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -26,15 +27,26 @@ def lines(config: ModelConfig, pipeline_class: type[DiffusionPipeline]) -> str:
         found.append(f"vae = AutoencoderKL.{_vae(config)}")
     given = [base, *(f"{key}={value!r}" for key, value in options.items()), *(["vae=vae"] if found else [])]
     found.append(f"pipeline = {kind}.{loader}({', '.join(given)})")
-    for argument in config.fuse_lora:
+    for number, argument in enumerate(config.fuse_lora):
         lora = files.parse(argument, "model.fuse_lora")
+        source = str(lora.path)
+        if not _is_read_by_diffusers(lora.path):
+            source = f"fused_{number}.safetensors"
+            found.append(f"# After: rftcore lora convert {shlex.quote(str(lora.path))} --to diffusers -o {source}")
         found += [
-            f"pipeline.load_lora_weights({str(lora.path)!r})",
+            f"pipeline.load_lora_weights({source!r})",
             f"pipeline.fuse_lora(lora_scale={lora.scale:g})",
             "pipeline.unload_lora_weights()",
         ]
     head = "import rftcore\n" if embedded else ""
     return f"{head}from diffusers import {', '.join(imports)}\n\n" + "\n".join(found)
+
+
+def _is_read_by_diffusers(path: Path) -> bool:
+    """It loads nothing of PEFT's layout, and of kohya's alphas, which it takes for all layers', one."""
+    lora = files.read(path)
+    one = len({layer.alpha for layer in lora.layers.values()}) == 1
+    return lora.layout == "diffusers" or lora.layout != "peft" and one
 
 
 def _vae(config: ModelConfig) -> str:
