@@ -271,6 +271,7 @@ def pair(**changed):
         (pair(**{f"{NAME}.lora_B.weight": torch.full((5, 2), torch.nan)}), "lora_B.weight has values that are NaN"),
         (pair(**{f"{NAME}.lora_A.weight": torch.ones(2, 4).long()}), "is of torch.int64"),
         (pair(**{f"{NAME}.lora_A.weight": torch.ones(2, 4).to(torch.float8_e4m3fn)}), "is of torch.float8_e4m3fn"),
+        (pair(**{f"{NAME}.lora_down.weight": torch.ones(2, 4)}), f"has {NAME} twice: .*lora_A.weight and .*lora_down"),
         (pair(**{f"{NAME}.alpha": torch.ones(2)}), r"alpha is \(2,\), and an alpha is one number"),
     ],
 )
@@ -341,6 +342,12 @@ def test_a_layers_own_alpha_goes_before_the_configs(tmp_path):
 def test_a_lora_of_another_base_names_the_first_key(make_pipeline, two, tmp_path):
     with pytest.raises(UsageError, match=r"another base model: .*unet\.\S+ is \(\d+, \d+.*has \d+ (inputs|outputs)"):
         load(make_pipeline("sdxl"), [LoraFile(two["sd1"][0][1], 1.0)])
+    for name in ("conv_norm_out", "mid_block"):
+        file = files.write(
+            Lora({f"unet.{name}": Layer(torch.ones(2, 8), torch.ones(8, 2), 1.0)}), tmp_path / f"{name}.safetensors"
+        )
+        with pytest.raises(UsageError, match=f"it adapts {name}, and this UNet has a .* there, which takes no LoRA"):
+            load(make_pipeline("sd1"), [LoraFile(file, 1.0)])
     only = {name: layer for name, layer in two["sdxl"][0][0].layers.items() if name.startswith("text_encoder_2")}
     path = files.write(Lora(only), tmp_path / "a.safetensors")
     pipe = make_pipeline("sd1")

@@ -80,7 +80,10 @@ def read(
     for key, value in state.items():
         name, part, layout = _read_key(key, where, config, component)
         layouts.add(layout)
-        found.setdefault(name, {})[part] = (key, value)
+        parts = found.setdefault(name, {})
+        if part in parts:
+            raise UsageError(f"{where} has {name} twice: {parts[part][0]} and {key}; it was put together of two files")
+        parts[part] = (key, value)
     extra = dict(metadata)
     configs = {} if config is None else {split(next(iter(found)))[0]: dict(config)}
     configs |= _split_config(extra.pop(CONFIG_KEY, None), where)

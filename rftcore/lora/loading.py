@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -73,9 +74,11 @@ def _check_fits(component: str, model: nn.Module, layers: Mapping[str, Layer], p
     kind = "UNet" if component == "unet" else component
     modules = {name.replace(".base_layer", ""): module for name, module in model.named_modules()}
     for name, layer in layers.items():
-        weight = getattr(modules.get(name), "weight", None)
-        if weight is None:
-            raise UsageError(f"{path} is of another base model: it adapts {name}, and this {kind} has no such layer")
+        module = modules.get(name)
+        if not isinstance(module, nn.Linear | nn.Conv2d):
+            found = "no such layer" if module is None else f"a {type(module).__name__} there, which takes no LoRA"
+            raise UsageError(f"{path} is of another base model: it adapts {name}, and this {kind} has {found}")
+        weight = module.weight
         for part, tensor, axis, side in (("lora_A", layer.down, 1, "inputs"), ("lora_B", layer.up, 0, "outputs")):
             if tensor.shape[axis] != weight.shape[axis]:
                 raise UsageError(
@@ -99,7 +102,10 @@ def _add(model: nn.Module, adapter: str, layers: Mapping[str, Layer]) -> None:
         alpha_pattern={f"^{name}": layer.alpha for name, layer in layers.items()},
         target_modules=list(layers),
     )
-    inject_adapter_in_model(config, model, adapter_name=adapter)
+    with warnings.catch_warnings():
+        # Several adapters are what was asked for.
+        warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
+        inject_adapter_in_model(config, model, adapter_name=adapter)
     # As diffusers and transformers mark a model that they have loaded an adapter into.
     if hasattr(model, "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = True
