@@ -103,10 +103,10 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        # What torch says of it is how to load it all the same.
         raise UsageError(
-            f"{path} does not load as tensors alone ({reason}): a pickle of anything else may run code and is not opened; "
-            "give the same model as .safetensors"
+            f"{path} does not load as tensors alone ({type(error).__name__}): a pickle of anything else may run code and "
+            "is not opened, and a file that is not whole cannot be; give the same model as .safetensors, or fetch it again"
         ) from error
     while isinstance(state, Mapping) and "state_dict" in state:
         state = state["state_dict"]
