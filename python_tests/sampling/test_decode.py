@@ -301,3 +301,37 @@ def test_a_trained_decoder_gets_its_gradient(vae):
     model = vae()
     rftcore.decode(model, torch.randn(2, 4, 8, 8, dtype=torch.float64, requires_grad=True)).sum().backward()
     assert model.decoder.conv_in.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_an_image_that_is_not_finite_has_no_reward(gradient):
+    """Whatever a reward that rounds or compares makes of it."""
+
+    def bright(images, *_):
+        return (images > 0.5).to(images).mean((1, 2, 3)) + 0 * images.nan_to_num().sum((1, 2, 3))
+
+    latents = torch.ones(2, 3, 4, 4)
+    latents[1, 0, 0, 0] = float("nan")
+    latents.requires_grad_(gradient)
+    rewards = rftcore.score(None, latents, bright, ["a", "b"], on_nan="drop")
+    assert rewards.isnan().tolist() == [False, True]
+    with pytest.raises(RewardError, match="returned nan for the prompt 'b'"):
+        rftcore.score(None, latents, bright, ["a", "b"])
+
+
+def test_a_callers_autocast_is_not_that_of_a_rewards_backward():
+    """A reward that computed outside of it is differentiated outside of it, to the last bit."""
+    weight = torch.randn(48, 48, generator=torch.Generator().manual_seed(0))
+
+    def reward(images, *_):
+        with torch.autocast("cpu", enabled=False):
+            return (images.flatten(1) @ weight).square().sum(1)
+
+    latents = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    found = []
+    for enabled in (False, True):
+        piece = latents.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            rewards = rftcore.score(None, piece, reward, ["a", "b"])
+        found.append(torch.autograd.grad(rewards.sum(), piece)[0])
+    assert torch.equal(*found)

@@ -194,8 +194,9 @@ def _why(reward: str, option: str, place: str, error: Exception, what: str, revi
     unreachable = any(isinstance(cause, LocalEntryNotFoundError) for cause in causes)
     reason = "the hub cannot be reached, and its cache does not hold it" if unreachable else _first_line(error)
     at = f" --revision {revision}" if revision else ""
+    spared = "; HF_HUB_OFFLINE=1 spares its retries" if unreachable else ""
     return (
-        f"there is no such folder here, and it did not come from the hub ({reason}). Without network: run "
+        f"there is no such folder here, and it did not come from the hub ({reason}{spared}). Without network: run "
         f"`hf download {place}{at} --local-dir FOLDER` on a machine with one, copy FOLDER here and "
         f"{_put(reward, option)}"
     )

@@ -146,8 +146,8 @@ def score(
         prompts: B strings.
         metadata: B values handed to the reward, or None.
         images_per_call: b, how many images are decoded and scored together.
-        on_nan: what a reward of NaN or inf, or a gradient of one, means: "stop" raises; "drop" gives NaN for that
-            sample, whose gradient is exactly zero.
+        on_nan: what a reward of NaN or inf, a gradient of one, or an image that is not finite means: "stop" raises;
+            "drop" gives NaN for that sample, whose gradient is exactly zero.
         return_stats: also give {"saturated": (B,), "dropped": (B,)}: as in `decode`, and which samples were dropped;
             for a reward with a method `with_parts`, which gives its values and {name: (b,)} of what they are made of,
             also "parts", {name: (B,)}.
@@ -190,7 +190,8 @@ def score(
         images, saturated = _images(vae, piece, clamp)
         rewards, summands[part.start] = call(images, prompts[part], None if metadata is None else metadata[part])
         _check_shape(reward, rewards, len(prompts[part]))
-        return rewards, saturated
+        # A reward that rounds or compares makes a number of anything.
+        return rewards.masked_fill(~images.detach().flatten(1).isfinite().all(1), torch.nan), saturated
 
     if differentiate:
         rewards, saturated, dropped = _Score.apply(
@@ -274,7 +275,9 @@ def _gradient(reward, values: Tensor, piece: Tensor, scale: float) -> Tensor:
     gradient = None
     if values.requires_grad:
         seed = torch.full_like(values, scale)
-        (gradient,) = torch.autograd.grad(values, piece, seed, allow_unused=True)
+        # As it was computed: a reward that left the caller's autocast would find itself in it again.
+        with torch.autocast(piece.device.type, enabled=False):
+            (gradient,) = torch.autograd.grad(values, piece, seed, allow_unused=True)
     if gradient is None:
         raise RewardError(
             f"reward {_name(reward)} cut the graph: what it returned does not depend differentiably on the images. "

@@ -56,8 +56,8 @@ class CheckpointedSampler:
         unet: diffusers `UNet2DConditionModel` or `UNet2DModel`; PEFT, `torch.compile`, accelerate and DDP wrappings
             are accepted.
         scheduler: diffusers' `DDIMScheduler`, `DDPMScheduler`, `EulerDiscreteScheduler`,
-            `EulerAncestralDiscreteScheduler` or `LCMScheduler`, as its user configured it; it is not changed. Without a gradient also
-            `DPMSolverMultistepScheduler` and `UniPCMultistepScheduler`.
+            `EulerAncestralDiscreteScheduler` or `LCMScheduler`, as its user configured it; it is not changed. Without a
+            gradient also `DPMSolverMultistepScheduler` and `UniPCMultistepScheduler`.
         num_inference_steps: T.
         guidance_scale: w of classifier-free guidance; 1.0 runs no negative branch. Any other value guides, 0.0 to the
             negative prompt alone (diffusers' pipelines switch guidance off below 1). A UNet with time_cond_proj_dim

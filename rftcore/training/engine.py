@@ -49,6 +49,11 @@ class Scores:
         """(b,) whether a sample counts."""
         return self.rewards.detach().isfinite()
 
+    def recorded(self) -> Scores:
+        """The same without their graph, on the CPU."""
+        parts = {name: values.detach().cpu() for name, values in self.parts.items()}
+        return Scores(self.rewards.detach().cpu(), self.saturated.detach().cpu(), parts)
+
     @classmethod
     def cat(cls, scores: Sequence[Scores]) -> Scores:
         """Those of several batches as one."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from accelerate import Accelerator
 
+from rftcore.training.engine import Scores
 from rftcore.training.methods.method import Update
 
 
@@ -56,22 +57,20 @@ class EpochLog:
             for name, value in update.largest.items():
                 largest[name].append(value)
         device = accelerator.device
-        scores = torch.stack(
-            [
-                torch.cat([update.rewards for update in self._updates]).double(),
-                torch.cat([update.saturated for update in self._updates]).double(),
-            ],
-            dim=1,
-        )
-        scores = accelerator.gather(scores.to(device)).cpu()  # (B, 2)
+        drawn = Scores.cat([scores for update in self._updates for scores in update.scores])
+        columns = [drawn.rewards, drawn.saturated, *drawn.parts.values()]
+        scores = torch.stack([column.double() for column in columns], dim=1)
+        scores = accelerator.gather(scores.to(device)).cpu()  # (B, 2 and the parts)
         own = [statistics.fmean(values) for values in means.values()] + [max(values) for values in largest.values()]
         own += [sum(update.reward_queries for update in self._updates)]
         own += [sum(update.unet_evaluations for update in self._updates)]
         gathered = accelerator.gather(torch.tensor([own], dtype=torch.float64, device=device)).cpu()
         metrics = dict(zip(means, gathered[:, : len(means)].mean(0).tolist(), strict=True))
         metrics |= dict(zip(largest, gathered[:, len(means) : -2].max(0).values.tolist(), strict=True))
-        rewards = scores[:, 0][scores[:, 0].isfinite()].tolist()
+        kept = scores[scores[:, 0].isfinite()]
+        rewards = kept[:, 0].tolist()
         dropped = len(scores) - len(rewards)
+        metrics |= {f"reward/{name}/mean": float(kept[:, 2 + n].mean()) for n, name in enumerate(drawn.parts)}
         skipped = sum(update.skipped is not None for update in self._updates)
         # Infinite where fp16 overflowed, and the scaler left the step out.
         steps = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ class Update:
     Attributes:
         means: metric name -> the mean of as many values on every process; the mean over processes is logged.
         largest: metric name -> a value; the largest of all processes is logged.
-        rewards, saturated: (b,) of the samples that were drawn for it, detached; empty where it trains on earlier ones.
+        scores: of the samples that were drawn for it, detached and on the CPU; empty where it trains on earlier ones.
         reward_queries: evaluations of one image by the reward.
         unet_evaluations: as `Counters` counts them.
         skipped: why there is no gradient, and so no step of the optimizer; the same on every process.
@@ -30,8 +30,7 @@ class Update:
 
     means: Mapping[str, float]
     largest: Mapping[str, float]
-    rewards: Tensor
-    saturated: Tensor
+    scores: Sequence[Scores] = ()
     reward_queries: int = 0
     unet_evaluations: int = 0
     skipped: str | None = None
@@ -60,8 +59,6 @@ class Tally:
         """New samples, and their rewards."""
         self._scores.append(scores)
         self.reward_queries += len(scores.rewards)
-        for name, values in scores.parts.items():
-            self.note(f"reward/{name}/mean", values[scores.kept])
 
     @property
     def any_kept(self) -> bool:
@@ -72,8 +69,7 @@ class Tally:
         return Update(
             means={name: float(torch.cat(values).double().mean()) for name, values in self._values.items()},
             largest={name: float(torch.stack(values).max()) for name, values in self._largest.items()},
-            rewards=torch.cat([torch.empty(0), *(scores.rewards.detach().cpu() for scores in self._scores)]),
-            saturated=torch.cat([torch.empty(0), *(scores.saturated.detach().cpu() for scores in self._scores)]),
+            scores=[scores.recorded() for scores in self._scores],
             reward_queries=self.reward_queries,
             unet_evaluations=self.unet_evaluations,
             skipped=self.skipped,
