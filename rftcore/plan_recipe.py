@@ -34,6 +34,12 @@ def options_of(recipe: str) -> dict[str, Any]:
     config = load_config(_algorithm(recipe), recipe)
     model, resolution = _model(config.model.pretrained_model_name_or_path)
     sampling, train = config.sampling, config.train
+    kept = [name for name, given in config.reward.options.items() if given.get("checkpointing") is False]
+    if kept:
+        raise UsageError(
+            f"--recipe {recipe}: reward.options of {', '.join(kept)} has checkpointing: false, which is not predicted; "
+            "leave it out"
+        )
     if train.weights != "lora":
         raise UsageError(f"--recipe {recipe}: train.weights={train.weights} is not predicted; LoRA is")
     part = train.batch_size // train.gradient_accumulation_steps

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
 from rftcore.counting import PeakBytes
+from rftcore.rewards.towers import checkpoint_layers
 
 _SIDE = 224
 # openai/clip-vit-large-patch14, and laion/CLIP-ViT-H-14-laion2B-s32B-b79K, which PickScore and HPSv2 are tuned from.
@@ -59,11 +60,12 @@ def reward_bytes(name: str, pixels: int, images: int = 1, *, gradient: bool = Tr
 
     Args:
         pixels: an image's side before the reward scales it down.
-        gradient: whether the images' gradient is asked for. Counted without checkpointed layers, which need less.
+        gradient: whether the images' gradient is asked for, with the tower's layers computed again in the backward.
     """
     shapes, text = REWARDS[name]
     with FakeTensorMode():
         model = CLIPModel(CLIPConfig(**shapes)).eval().requires_grad_(False)
+        checkpoint_layers(model.vision_model.encoder.layers)
         held = model.parameters() if text else (*model.vision_model.parameters(), *model.visual_projection.parameters())
         weights = sum(parameter.nbytes for parameter in held)
         pictures = torch.empty(images, 3, pixels, pixels, requires_grad=gradient)
