@@ -6,9 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from rftcore.rewards.reward import Reward, RewardSpecError
 
 NAME = "weighted_sum"
@@ -65,7 +62,10 @@ class WeightedSum:
 
 def _checked(reward: Reward, values: Any, images: Any) -> Any:
     """A part's values, which the sum would stretch where they are too few, and whose missing gradient it would hide."""
-    found = tuple(values.shape) if isinstance(values, Tensor) else type(values).__name__
+    # Only now: rewards are named, and `--help` shown, without it.
+    import torch
+
+    found = tuple(values.shape) if isinstance(values, torch.Tensor) else type(values).__name__
     if found != (len(images),):
         raise RewardSpecError(
             f"reward {reward.name!r} of a weighted sum gave {found} for {len(images)} images; it must give a tensor of "
