@@ -29,11 +29,12 @@ from rftcore.digits.vocabulary import write_tokenizer
 from rftcore.lora import files, loading
 from rftcore.lora.layers import Layer, Lora
 from rftcore.lora.mix import mix
-from rftcore.sample_options import SCHEDULERS, SampleOptions
+from rftcore.sample_options import SampleOptions
 from rftcore.training import weights as training_weights
 from rftcore.training.algorithm_configs import DraftConfig
 from rftcore.training.config import LoraConfig
 from rftcore.training.errors import RunError, UsageError
+from rftcore.training.schedulers import SCHEDULERS
 
 PROMPTS = ["a handwritten four", "a handwritten two"]
 ENDINGS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in"]

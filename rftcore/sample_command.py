@@ -10,7 +10,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -22,9 +21,9 @@ from rftcore import prompts as prompt_sources
 from rftcore import sample_grid
 from rftcore.lora import files, loading
 from rftcore.sample_grid import Column, Item, Sheet
-from rftcore.sample_options import SCHEDULERS, SampleOptions
+from rftcore.sample_options import SampleOptions
 from rftcore.sampling import CheckpointedSampler, decode
-from rftcore.training import environment, pipeline
+from rftcore.training import environment, pipeline, schedulers
 from rftcore.training.config import ModelConfig, SamplingConfig
 from rftcore.training.errors import RunError, UsageError
 from rftcore.training.prompt_inputs import PromptInputs
@@ -53,7 +52,7 @@ def sample(options: SampleOptions) -> Path:
     folder = Path(options.output_dir)
     _check_free(folder)
     loras = [files.parse(argument) for argument in options.lora or ()]
-    columns = sample_grid.columns(options, [lora.scale for lora in loras])
+    columns = sample_grid.columns(options, loras)
     given = options.prompt if options.prompts is None else options.prompts
     prompts = None if given is None else prompt_sources.load(given)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -210,8 +209,7 @@ def _sampling(pipe: DiffusionPipeline, options: SampleOptions) -> SamplingConfig
 def _sampler(pipe: DiffusionPipeline, options: SampleOptions, config: SamplingConfig) -> CheckpointedSampler:
     scheduler = pipe.scheduler
     if options.scheduler is not None:
-        name, extra = SCHEDULERS[options.scheduler]
-        scheduler = getattr(diffusers, name).from_config(scheduler.config, **extra)
+        scheduler = schedulers.make(options.scheduler, scheduler.config)
     try:
         return CheckpointedSampler(
             pipe.unet,
@@ -225,7 +223,7 @@ def _sampler(pipe: DiffusionPipeline, options: SampleOptions, config: SamplingCo
         source = "its own scheduler" if options.scheduler is None else f"--scheduler {options.scheduler}"
         raise UsageError(
             f"--model {options.model} cannot be sampled with {source}: {error} (--scheduler takes "
-            f"{', '.join(SCHEDULERS)})"
+            f"{', '.join(schedulers.SCHEDULERS)})"
         ) from error
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
+from rftcore.lora.files import LoraFile
 from rftcore.sample_options import INTERPOLATION, SampleOptions
 from rftcore.training.batches import derived_seed
 from rftcore.training.evaluation import grids
 
-_ROWS, _COLUMNS = 16, 8
+_ROWS, _COLUMNS, _TITLE = 16, 8, 16
+# Names that say nothing of a LoRA.
+_LEFT_BY_RUNS = ("pytorch_lora_weights", "adapter_model")
 
 
 class Column(NamedTuple):
@@ -33,15 +37,23 @@ class Item(NamedTuple):
     file: str
 
 
-def columns(options: SampleOptions, scales: Sequence[float]) -> list[Column]:
+def columns(options: SampleOptions, loras: Sequence[LoraFile]) -> list[Column]:
     """One with the LoRAs' scales as they are given, or one for each of --lora_scales."""
+    scales = [lora.scale for lora in loras]
     if options.interpolate:
         first, second = scales
         shares = options.lora_scales or INTERPOLATION
-        return [Column(f"{share:g}", [(1 - share) * first, share * second]) for share in shares]
+        ends = {0.0: _name(loras[0].path), 1.0: _name(loras[1].path)}
+        return [Column(ends.get(share, f"{share:g}"), [(1 - share) * first, share * second]) for share in shares]
     if options.lora_scales is None:
         return [Column("", list(scales))]
     return [Column(f"LoRA x {factor:g}", [factor * scale for scale in scales]) for factor in options.lora_scales]
+
+
+def _name(path: Path) -> str:
+    """A LoRA's, or that of the run that left it, as short as a column's title."""
+    name = path.parent.name if path.stem in _LEFT_BY_RUNS else path.stem
+    return name if len(name) <= _TITLE else f"{name[: _TITLE - 3]}..."
 
 
 @dataclass(frozen=True)

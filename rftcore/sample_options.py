@@ -11,17 +11,8 @@ from jsonargparse import ArgumentParser
 
 from rftcore.training.config import option
 from rftcore.training.errors import UsageError, nearest
+from rftcore.training.schedulers import SCHEDULERS
 
-# Of a scheduler's name, the diffusers class and what it is told besides the model's own scheduler config.
-SCHEDULERS = {
-    "ddim": ("DDIMScheduler", {}),
-    "ddpm": ("DDPMScheduler", {}),
-    "euler": ("EulerDiscreteScheduler", {}),
-    "euler_ancestral": ("EulerAncestralDiscreteScheduler", {}),
-    "dpmsolver++": ("DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "lcm": ("LCMScheduler", {}),
-}
 DTYPES = ("fp32", "bf16", "fp16")
 # Of an interpolation, where the user names no points: the share of the second LoRA.
 INTERPOLATION = (0.0, 0.25, 0.5, 0.75, 1.0)

@@ -2,9 +2,11 @@
 
 import subprocess
 import sys
+import typing
 
 import pytest
 
+from rftcore.training import schedulers
 from rftcore.training.algorithm_configs import (
     AlignpropConfig,
     DdpoConfig,
@@ -16,6 +18,7 @@ from rftcore.training.algorithm_configs import (
     SftConfig,
     batch_shares,
 )
+from rftcore.training.config import SamplingConfig
 from rftcore.training.errors import UsageError
 from rftcore.training.parsing import build, load_config, to_yaml
 
@@ -126,3 +129,7 @@ def test_a_recipe_of_another_algorithm_is_told():
         UsageError, match="digits_ddpo_sf is a recipe of ddpo; rftcore train ddpo --config digits_ddpo_sf"
     ):
         load_config("draft", "digits_ddpo_sf")
+
+
+def test_schedulers_of_a_run_are_those_with_a_gradient():
+    assert typing.get_args(typing.get_type_hints(SamplingConfig)["scheduler"]) == tuple(schedulers.WITH_GRADIENT)

@@ -81,3 +81,23 @@ def test_the_lines_of_a_lora_that_diffusers_reads_otherwise(folders, tmp_path, m
     exec(text, namespace)
     theirs = tensors(namespace["pipeline"])
     assert all(torch.allclose(theirs[key], value, atol=1e-6) for key, value in tensors(expected).items())
+
+
+def test_the_lines_of_a_lora_that_is_fused_into_a_model_without_a_text(folders, tmp_path, monkeypatch):
+    """Its pipeline loads no LoRA: PEFT does."""
+    monkeypatch.chdir(tmp_path)
+    name = "unet.mid_block.resnets.0.conv1"
+    base = tensors(pipeline.load(ModelConfig(str(folders["pixels"])), torch.float32))[f"{name}.weight"]
+    layer = Layer(torch.randn(2, *base.shape[1:]), torch.randn(base.shape[0], 2, 1, 1), 3.0)
+    files.write(Lora({name: layer}), tmp_path / "a.safetensors", "diffusers")
+    config = ModelConfig(str(folders["pixels"]), fuse_lora=["a.safetensors:0.5"])
+    expected = pipeline.load(config, torch.float32)
+    text = usage.lines(config, type(expected))
+    (commands,) = [line.partition("# After: ")[2] for line in text.splitlines() if line.startswith("# After: ")]
+    for command in commands.split(" && "):
+        assert cli.main(shlex.split(command)[1:]) == 0
+    namespace = {}
+    exec(text, namespace)
+    theirs = tensors(namespace["pipeline"])
+    assert not torch.allclose(theirs[f"{name}.weight"], base)
+    assert all(torch.allclose(theirs[key], value, atol=1e-6) for key, value in tensors(expected).items())

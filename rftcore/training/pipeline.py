@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DDPMScheduler,
-    DiffusionPipeline,
-    EulerAncestralDiscreteScheduler,
-    EulerDiscreteScheduler,
-    LCMScheduler,
-    SchedulerMixin,
-)
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 
+from rftcore.training import schedulers
 from rftcore.training.config import ModelConfig, SamplingConfig
 from rftcore.training.errors import UsageError
 from rftcore.training.models import found, loading, served
@@ -32,14 +24,6 @@ __all__ = [
     "unconditional",
     "vae",
 ]
-
-SCHEDULERS = {
-    "ddim": DDIMScheduler,
-    "ddpm": DDPMScheduler,
-    "euler": EulerDiscreteScheduler,
-    "euler_ancestral": EulerAncestralDiscreteScheduler,
-    "lcm": LCMScheduler,
-}
 
 
 def check_given(pipe: DiffusionPipeline, config: ModelConfig | None = None) -> None:
@@ -71,7 +55,7 @@ def vae(pipe: DiffusionPipeline) -> AutoencoderKL | None:
 
 def scheduler(pipe: DiffusionPipeline, config: SamplingConfig) -> SchedulerMixin:
     """The chosen sampler with the model's own noise schedule, prediction type and clipping."""
-    return SCHEDULERS[config.scheduler].from_config(pipe.scheduler.config)
+    return schedulers.make(config.scheduler, pipe.scheduler.config)
 
 
 def check_sampling(pipe: DiffusionPipeline, config: SamplingConfig) -> None:

@@ -27,8 +27,12 @@ def lines(config: ModelConfig, pipeline_class: type[DiffusionPipeline]) -> str:
         found.append(f"vae = AutoencoderKL.{_vae(config)}")
     given = [base, *(f"{key}={value!r}" for key, value in options.items()), *(["vae=vae"] if found else [])]
     found.append(f"pipeline = {kind}.{loader}({', '.join(given)})")
+    by_peft = not hasattr(pipeline_class, "load_lora_weights")
     for number, argument in enumerate(config.fuse_lora):
         lora = files.parse(argument, "model.fuse_lora")
+        if by_peft:
+            found += _fused_by_peft(lora, f"fused_{number}")
+            continue
         source = str(lora.path)
         if not _is_read_by_diffusers(lora.path):
             source = f"fused_{number}.safetensors"
@@ -39,7 +43,16 @@ def lines(config: ModelConfig, pipeline_class: type[DiffusionPipeline]) -> str:
             "pipeline.unload_lora_weights()",
         ]
     head = "import rftcore\n" if embedded else ""
+    head += "from peft import PeftModel\n" if by_peft and config.fuse_lora else ""
     return f"{head}from diffusers import {', '.join(imports)}\n\n" + "\n".join(found)
+
+
+def _fused_by_peft(lora: files.LoraFile, name: str) -> list[str]:
+    scaled = f"rftcore lora scale {shlex.quote(str(lora.path))} {lora.scale:g} -o {name}.safetensors"
+    return [
+        f"# After: {scaled} && rftcore lora convert {name}.safetensors --to peft -o {name}",
+        f"pipeline.unet = PeftModel.from_pretrained(pipeline.unet, {name!r}).merge_and_unload()",
+    ]
 
 
 def _is_read_by_diffusers(path: Path) -> bool:
