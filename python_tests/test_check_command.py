@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from rftcore.errors import RunError
 from rftcore.rewards import declare
 from rftcore.training import Trainer, check
-from rftcore.training.errors import RunError
 from rftcore.training.parsing import load_config
 
 SMALL = [

@@ -9,9 +9,9 @@ import pytest
 from diffusers import AutoencoderKL
 from models import text_unet
 
+from rftcore.errors import UsageError
 from rftcore.plan_command import describe, predict
 from rftcore.plan_options import PlanOptions
-from rftcore.training.errors import UsageError
 
 
 def rftcore(*arguments):

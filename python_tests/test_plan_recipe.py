@@ -10,12 +10,12 @@ from models import text_unet
 from benchmarks.harness import RESULTS
 from benchmarks.tiers import TAKEN, tiers
 from rftcore.cli import _parse
+from rftcore.errors import UsageError
 from rftcore.plan_command import describe, predict
 from rftcore.plan_options import PlanOptions
 from rftcore.plan_recipe import options_of
 from rftcore.plan_reward import REWARDS, reward_bytes
 from rftcore.training import recipes
-from rftcore.training.errors import UsageError
 
 MIB, LATENT = 2**20, 4 * 8 * 8 * 4
 

@@ -26,6 +26,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from rftcore import cli, digits, sample_command
 from rftcore.digits.vocabulary import write_tokenizer
+from rftcore.errors import RunError, UsageError
 from rftcore.lora import files, loading
 from rftcore.lora.layers import Layer, Lora
 from rftcore.lora.mix import mix
@@ -33,7 +34,6 @@ from rftcore.sample_options import SampleOptions
 from rftcore.training import weights as training_weights
 from rftcore.training.algorithm_configs import DraftConfig
 from rftcore.training.config import LoraConfig
-from rftcore.training.errors import RunError, UsageError
 from rftcore.training.schedulers import SCHEDULERS
 
 PROMPTS = ["a handwritten four", "a handwritten two"]

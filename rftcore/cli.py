@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentError, ArgumentParser
 
 from rftcore import __version__, plan_options, sample_options
+from rftcore.errors import Interrupted, RunError, UsageError, nearest
 from rftcore.lora import options as lora_options
 from rftcore.prompts import PromptsError
 from rftcore.rewards import RewardSpecError
 from rftcore.training import recipes
 from rftcore.training.algorithm_configs import ALGORITHMS
 from rftcore.training.config import RunConfig
-from rftcore.training.errors import Interrupted, RunError, UsageError, nearest
 from rftcore.training.parsing import add_options, build
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from rftcore import published
 from rftcore.blocks import accelerate
 from rftcore.blocks.budget import bytes_of, text_of
+from rftcore.errors import UsageError, nearest
 from rftcore.plan_options import ATTENTION, DTYPES, OPTIMIZERS, PlanOptions
 from rftcore.plan_reward import REWARDS, reward_bytes
 from rftcore.sampling.conditioning import Conditioning
@@ -23,7 +24,6 @@ from rftcore.sampling.denoiser import Denoiser
 from rftcore.sampling.gradient_path import GradientPath
 from rftcore.sampling.plan import Plan, Planner
 from rftcore.sampling.simulation import Simulation, decoding
-from rftcore.training.errors import UsageError, nearest
 
 # The decoder's levels, from the one of the fewest FLOPs.
 _DECODER_LEVELS = ("none", "block")

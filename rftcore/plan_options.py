@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from jsonargparse import ArgumentParser
 
+from rftcore.errors import UsageError, nearest
 from rftcore.plan_recipe import options_of
 from rftcore.training.config import option
-from rftcore.training.errors import UsageError, nearest
 
 # Bytes of an optimizer's state for each trained parameter, whose master is fp32.
 OPTIMIZERS = {"adamw": 8, "adamw8bit": 2, "sgd": 0}

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rftcore.errors import UsageError
 from rftcore.training import recipes
 from rftcore.training.config import RunConfig
-from rftcore.training.errors import UsageError
 from rftcore.training.parsing import load_config
 
 # Bytes of a device that no tensor gets: the driver's context, libraries' workspaces, what the allocator rounds up.

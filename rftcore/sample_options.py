@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from jsonargparse import ArgumentParser
 
+from rftcore.errors import UsageError, nearest
 from rftcore.training.config import option
-from rftcore.training.errors import UsageError, nearest
 from rftcore.training.schedulers import SCHEDULERS
 
 DTYPES = ("fp32", "bf16", "fp16")

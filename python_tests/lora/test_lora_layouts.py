@@ -19,12 +19,12 @@ from tiny_loras import assert_same_changes, assert_same_layers, changes, loaded_
 from torch import nn
 
 from rftcore import digits
+from rftcore.errors import UsageError
 from rftcore.lora import files, kohya_names, layouts
 from rftcore.lora.files import LoraFile
 from rftcore.lora.layers import Layer, Lora, base, split
 from rftcore.lora.loading import load
 from rftcore.published import UNETS
-from rftcore.training.errors import UsageError
 
 
 def with_one_alpha(lora):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny_loras import assert_same_changes, assert_same_layers, changes, make
 
+from rftcore.errors import UsageError
 from rftcore.lora import algebra, diff, files
 from rftcore.lora.layers import Layer, Lora
 from rftcore.lora.mix import mix
-from rftcore.training.errors import UsageError
 
 
 def sum_of(*weighted):

@@ -2,8 +2,8 @@
 
 import pytest
 
+from rftcore.errors import UsageError
 from rftcore.training.algorithm_configs import ALGORITHMS, batch_shares
-from rftcore.training.errors import UsageError
 from rftcore.training.parsing import build
 
 NOISE = {"sampling": {"scheduler": "ddim", "eta": 1.0}}

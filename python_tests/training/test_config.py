@@ -6,6 +6,7 @@ import typing
 
 import pytest
 
+from rftcore.errors import UsageError
 from rftcore.training import schedulers
 from rftcore.training.algorithm_configs import (
     AlignpropConfig,
@@ -19,7 +20,6 @@ from rftcore.training.algorithm_configs import (
     batch_shares,
 )
 from rftcore.training.config import SamplingConfig
-from rftcore.training.errors import UsageError
 from rftcore.training.parsing import build, load_config, to_yaml
 
 

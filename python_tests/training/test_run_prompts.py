@@ -3,9 +3,9 @@
 import pytest
 
 from rftcore import prompts
+from rftcore.errors import UsageError
 from rftcore.training import DraftConfig
 from rftcore.training.config import EvalConfig
-from rftcore.training.errors import UsageError
 from rftcore.training.run_prompts import train_and_validation
 
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from rftcore.errors import UsageError, nearest
 from rftcore.lora import diff, files, info
 from rftcore.lora.mix import Mixture, mix
 from rftcore.lora.options import DTYPES, LAYOUTS
-from rftcore.training.errors import UsageError, nearest
 
 _DTYPES = dict(zip(DTYPES, (torch.float32, torch.bfloat16, torch.float16), strict=True))
 

@@ -6,9 +6,9 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from rftcore.errors import UsageError
 from rftcore.lora import algebra
 from rftcore.lora.layers import Layer, Lora, block
-from rftcore.training.errors import UsageError
 
 
 @dataclass(frozen=True)

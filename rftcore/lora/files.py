@@ -14,12 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rftcore.errors import UsageError
 from rftcore.lora import layouts
 from rftcore.lora.layers import COMPONENTS, Lora
-from rftcore.training.errors import UsageError
-from rftcore.training.weights import FILE, PEFT_FILE
 
-CONFIG_FILE = "adapter_config.json"
+# As diffusers and as PEFT call them.
+FILE, PEFT_FILE, CONFIG_FILE = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"
 
 
 class LoraFile(NamedTuple):

@@ -15,9 +15,9 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from rftcore.errors import UsageError
 from rftcore.lora import kohya_names
 from rftcore.lora.layers import COMPONENTS, Layer, Lora, base, split
-from rftcore.training.errors import UsageError
 
 # diffusers' place for PEFT's config, in a file's metadata.
 CONFIG_KEY = "lora_adapter_metadata"

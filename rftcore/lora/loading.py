@@ -11,10 +11,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from rftcore.errors import UsageError
 from rftcore.lora import files
 from rftcore.lora.files import LoraFile
 from rftcore.lora.layers import COMPONENTS, Layer
-from rftcore.training.errors import UsageError
 
 
 def load(pipe: DiffusionPipeline, loras: Sequence[LoraFile]) -> list[str]:

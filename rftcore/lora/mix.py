@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import torch
 
+from rftcore.errors import UsageError
 from rftcore.lora import algebra
 from rftcore.lora.layers import Layer, Lora, base
-from rftcore.training.errors import UsageError
 
 Term = tuple[float, Layer]
 # Of fp64 sums, with room.

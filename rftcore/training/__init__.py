@@ -12,10 +12,10 @@ _HOME = {
         )
     },
     "Callback": "rftcore.training.callbacks",
-    "Interrupted": "rftcore.training.errors",
-    "RunError": "rftcore.training.errors",
+    "Interrupted": "rftcore.errors",
+    "RunError": "rftcore.errors",
     "Trainer": "rftcore.training.trainer",
-    "UsageError": "rftcore.training.errors",
+    "UsageError": "rftcore.errors",
     "load_config": "rftcore.training.parsing",
 }
 

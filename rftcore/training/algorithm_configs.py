@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from rftcore.errors import UsageError
 from rftcore.training.config import RunConfig, SamplingConfig, TrainConfig, group, option
-from rftcore.training.errors import UsageError
 
 
 @dataclass

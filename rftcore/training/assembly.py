@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from rftcore import blocks, rewards
+from rftcore.errors import UsageError
 from rftcore.training import memory_plan, pipeline, trackers, weights
 from rftcore.training.accounting import Stopwatch
 from rftcore.training.batches import SamplePlan
@@ -22,7 +23,6 @@ from rftcore.training.compilation import compile_unet
 from rftcore.training.config import ModelConfig, RunConfig
 from rftcore.training.ema import Ema
 from rftcore.training.engine import Engine
-from rftcore.training.errors import UsageError
 from rftcore.training.evaluation import early_stop, scale_sweep
 from rftcore.training.evaluation.validation import Validation
 from rftcore.training.methods import METHODS, Method

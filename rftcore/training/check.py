@@ -12,13 +12,13 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
+from rftcore.errors import RunError
 from rftcore.rewards import RewardSpecError
 from rftcore.sampling import Plan, RewardError
 from rftcore.training import checkpoint, weights
 from rftcore.training.accounting import GIB, peak_gib
 from rftcore.training.config import RunConfig
 from rftcore.training.epoch_log import EpochLog
-from rftcore.training.errors import RunError
 from rftcore.training.evaluation.validation import Mean
 from rftcore.training.guards import check_everything_learns
 from rftcore.training.trainer import Trainer

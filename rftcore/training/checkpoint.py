@@ -22,11 +22,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from rftcore.errors import RunError, UsageError
 from rftcore.training import weights
 from rftcore.training.accounting import Counters
 from rftcore.training.config import RunConfig
 from rftcore.training.ema import Ema
-from rftcore.training.errors import RunError, UsageError
 from rftcore.training.run_directory import CONFIG, METRICS, sync_folder, to_json
 
 # Holds the SHA-256 of every other file.

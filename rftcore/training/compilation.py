@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rftcore.errors import UsageError
 from rftcore.sampling.conditioning import Conditioning
 from rftcore.sampling.denoiser import Denoiser
 from rftcore.training.batches import generator
 from rftcore.training.engine import Engine
-from rftcore.training.errors import UsageError
 
 BACKEND = "inductor"
 

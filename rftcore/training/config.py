@@ -7,7 +7,7 @@ import operator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from rftcore.training.errors import UsageError
+from rftcore.errors import UsageError
 
 # A bound's name -> how it is said, and its test.
 _BOUNDS = {

@@ -12,13 +12,13 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from rftcore.errors import UsageError
 from rftcore.rewards import Reward
 from rftcore.sampling import CheckpointedSampler, GradientPath, Trajectory, score
 from rftcore.sampling.denoiser import Denoiser
 from rftcore.training.accounting import Stopwatch
 from rftcore.training.batches import SamplePlan, Share
 from rftcore.training.config import RunConfig
-from rftcore.training.errors import UsageError
 from rftcore.training.memory_plan import Memory
 from rftcore.training.prompt_inputs import PromptInputs
 

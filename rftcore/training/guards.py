@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+from rftcore.errors import RunError
 from rftcore.training import weights
-from rftcore.training.errors import RunError
 
 
 def check_everything_learns(unet: nn.Module, run_forward: Callable[[], object]) -> None:

@@ -8,8 +8,8 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from rftcore.errors import UsageError
 from rftcore.training.config import RunConfig
-from rftcore.training.errors import UsageError
 
 # By whole paths: the hub's "*" stands for slashes too, and checkpoints hold files of the same names.
 UPLOADED = [

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from rftcore.blocks.budget import bytes_of
+from rftcore.errors import UsageError
 from rftcore.sampling import Plan
 from rftcore.sampling.free_memory import free_memory
 from rftcore.training.config import RunConfig
-from rftcore.training.errors import UsageError
 from rftcore.training.run_directory import RunDirectory
 
 NAME = "plan.json"

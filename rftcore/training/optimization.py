@@ -10,8 +10,8 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 
+from rftcore.errors import RunError, UsageError
 from rftcore.training.config import TrainConfig
-from rftcore.training.errors import RunError, UsageError
 
 # bitsandbytes keeps the moments of smaller tensors in 32 bits.
 _SMALLEST_IN_8_BIT = 4096

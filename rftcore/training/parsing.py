@@ -10,10 +10,10 @@ from typing import Any
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser
 
+from rftcore.errors import UsageError, nearest
 from rftcore.training import recipes
 from rftcore.training.algorithm_configs import ALGORITHMS
 from rftcore.training.config import RunConfig
-from rftcore.training.errors import UsageError, nearest
 
 
 def add_options(parser: ArgumentParser, kind: type[RunConfig]) -> None:

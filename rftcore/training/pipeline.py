@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 
+from rftcore.errors import UsageError
 from rftcore.training import schedulers
 from rftcore.training.config import ModelConfig, SamplingConfig
-from rftcore.training.errors import UsageError
 from rftcore.training.models import found, loading, served
 from rftcore.training.models.loading import load
 from rftcore.training.models.served import check

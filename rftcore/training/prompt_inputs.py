@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from rftcore.training.errors import UsageError
+from rftcore.errors import UsageError
 
 _ENCODED_AT_ONCE = 32
 # Prompts that the warning of lost text shows.

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from accelerate import Accelerator
 from torch import distributed
 
-from rftcore.training.errors import Interrupted, RunError, UsageError
+from rftcore.errors import Interrupted, RunError, UsageError
 
 _KEY = "rftcore/failure"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from rftcore.errors import UsageError, nearest
 from rftcore.training.algorithm_configs import ALGORITHMS
-from rftcore.training.errors import UsageError, nearest
 
 RECIPES = Path(__file__).parent.parent / "configs"
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rftcore.training.errors import RunError, UsageError
+from rftcore.errors import RunError, UsageError
 
 CONFIG = "config.yaml"
 METRICS = "metrics.jsonl"

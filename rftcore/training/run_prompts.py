@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rftcore import prompts
+from rftcore.errors import UsageError
 from rftcore.training.config import EvalConfig, RunConfig
-from rftcore.training.errors import UsageError
 
 
 def train_and_validation(config: RunConfig) -> tuple[list[str], list[str]]:

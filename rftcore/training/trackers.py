@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 from PIL import Image
 
-from rftcore.training.errors import UsageError, nearest
+from rftcore.errors import UsageError, nearest
 
 PROJECT = "rftcore"
 # Of the run at Weights & Biases, in the folder of logs.

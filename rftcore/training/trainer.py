@@ -13,6 +13,7 @@ import torch
 from accelerate.utils import set_seed
 from diffusers import DiffusionPipeline
 
+from rftcore.errors import Interrupted, RunError, UsageError
 from rftcore.rewards import RewardSpecError
 from rftcore.sampling import RewardError
 from rftcore.training import (
@@ -35,7 +36,6 @@ from rftcore.training.callbacks import Callback
 from rftcore.training.checkpoint import Progress
 from rftcore.training.config import RunConfig
 from rftcore.training.epoch_log import EpochLog
-from rftcore.training.errors import Interrupted, RunError, UsageError
 from rftcore.training.evaluation import alarm, early_stop, grids, reference, validation
 from rftcore.training.evaluation.scale_sweep import Sweep, sweep
 from rftcore.training.guards import check_everything_learns

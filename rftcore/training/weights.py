@@ -22,12 +22,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from rftcore.errors import RunError, UsageError, nearest
+from rftcore.lora.files import FILE, PEFT_FILE
 from rftcore.training.batches import derived_seed, generator
 from rftcore.training.config import LoraConfig, RunConfig
-from rftcore.training.errors import RunError, UsageError, nearest
 
-# diffusers' name of a LoRA, and PEFT's of one for a model that diffusers loads no LoRA into.
-FILE, PEFT_FILE = "pytorch_lora_weights.safetensors", "adapter_model.safetensors"
 # The subfolder of a whole UNet, as in a pipeline's own folder.
 FOLDER = "unet"
 ADAPTER = "default"

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from rftcore.errors import UsageError
 from rftcore.training.config import EvalConfig
-from rftcore.training.errors import UsageError
 from rftcore.training.evaluation.validation import Mean
 
 # step -> measure -> values, as `Progress.evaluations`

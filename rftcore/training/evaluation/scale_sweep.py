@@ -14,9 +14,9 @@ from peft.tuners.lora import LoraLayer
 from PIL import Image
 from torch import nn
 
+from rftcore.errors import UsageError
 from rftcore.training import weights
 from rftcore.training.config import EvalConfig
-from rftcore.training.errors import UsageError
 from rftcore.training.evaluation.validation import Evaluation
 
 

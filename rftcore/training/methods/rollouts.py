@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rftcore.errors import RunError
 from rftcore.sampling import CheckpointedSampler, Trajectory
 from rftcore.sampling.adapters import adapters_off
 from rftcore.training.engine import Engine, Scores
-from rftcore.training.errors import RunError
 from rftcore.training.methods.method import Tally
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from rftcore.training.errors import UsageError
+from rftcore.errors import UsageError
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from rftcore.blocks.served import served
-from rftcore.training.errors import UsageError
+from rftcore.errors import UsageError
 
 _MODELS = ("unet", "vae", "text_encoder", "text_encoder_2")
 

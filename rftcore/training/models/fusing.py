@@ -10,8 +10,8 @@ from diffusers.utils import recurse_remove_peft_layers
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from rftcore.errors import UsageError
 from rftcore.lora import files, loading
-from rftcore.training.errors import UsageError
 from rftcore.training.models import finite
 
 _FLAG = "model.fuse_lora"

@@ -13,8 +13,8 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 
 from rftcore import digits
+from rftcore.errors import UsageError
 from rftcore.training.config import ModelConfig
-from rftcore.training.errors import UsageError
 from rftcore.training.models import finite, fusing, served, single_file, whole
 
 _NAME = "model.pretrained_model_name_or_path"

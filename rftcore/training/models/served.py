@@ -13,7 +13,7 @@ from diffusers import (
     UNet2DModel,
 )
 
-from rftcore.training.errors import UsageError
+from rftcore.errors import UsageError
 
 TEXT_TO_IMAGE = (StableDiffusionPipeline, StableDiffusionXLPipeline)
 UNCONDITIONAL = (DDPMPipeline, DDIMPipeline)

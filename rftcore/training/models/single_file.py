@@ -11,8 +11,8 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors import SafetensorError, safe_open
 
+from rftcore.errors import UsageError
 from rftcore.training.config import ModelConfig
-from rftcore.training.errors import UsageError
 
 SUFFIXES = (".safetensors", ".ckpt")
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline
 from safetensors import safe_open
 from torch import nn
 
-from rftcore.training.errors import UsageError
+from rftcore.errors import UsageError
 
 _WEIGHTS = re.compile(
     r"(?:pytorch_model|diffusion_pytorch_model|model)"

@@ -1,4 +1,4 @@
-"""What a run may fail with because of its user, its input or its machine, told apart from a bug."""
+"""What a command or a run may fail with because of its user, its input or its machine, told apart from a bug."""
 
 from __future__ import annotations
 
