@@ -47,7 +47,8 @@ from rftcore.rewards import (
     text_similarity,
     vlm_alignment,
 )
-from rftcore.rewards.clip import DTYPES, Clip
+from rftcore.rewards.checkpoints import DTYPES
+from rftcore.rewards.clip import Clip
 
 # Of each reward, the options that are hub names, and those that are something else.
 PLACES: dict[str, dict[str, str]] = {

@@ -359,7 +359,7 @@ def test_requests_that_are_not_served(path, body, status, message, monkeypatch):
         ({"url": "http://host/v1", "timeout_s": 0}, "timeout_s=0 must be above 0"),
         ({"reference": "the image"}, "reference='the image' needs exactly one {} for the prompt"),
         ({"max_new_tokens": 0}, "both must be at least 1"),
-        ({"dtype": "int8"}, "dtype='int8' is not one of fp32, fp16, bf16"),
+        ({"dtype": "int8"}, "dtype='int8'; allowed are 'fp32', 'fp16', 'bf16'"),
         ({"model": "no/such/folder"}, "cannot load model='no/such/folder'"),
         ({"colour": 3}, "has no option 'colour'"),
     ],

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from transformers import ResNetForImageClassification
 
 from rftcore.rewards import checkpoints
-from rftcore.rewards.clip import named_dtype
 from rftcore.rewards.preprocessing import IMAGENET_MEAN, IMAGENET_STD, centre_crop, normalise, resize_shortest
 from rftcore.rewards.reward import RewardSpecError, declare
 from rftcore.rewards.towers import checkpoint_layers, freeze, looked_at
@@ -55,7 +54,12 @@ class Adversarial(nn.Module):
     ) -> None:
         super().__init__()
         classifier = checkpoints.load(
-            ResNetForImageClassification, NAME, "model", model, revision=revision, dtype=named_dtype(NAME, dtype)
+            ResNetForImageClassification,
+            NAME,
+            "model",
+            model,
+            revision=revision,
+            dtype=checkpoints.named_dtype(NAME, dtype),
         )
         labels = {int(index): label for index, label in classifier.config.id2label.items()}
         self.target = _index(target, labels)

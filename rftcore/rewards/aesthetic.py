@@ -9,7 +9,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from rftcore.rewards import checkpoints
 from rftcore.rewards.affine_head import folded
-from rftcore.rewards.clip import Clip, named_dtype
+from rftcore.rewards.clip import Clip
 from rftcore.rewards.reward import declare
 
 NAME = "aesthetic"
@@ -64,7 +64,12 @@ class Aesthetic(nn.Module):
     ) -> None:
         super().__init__()
         tower = checkpoints.load(
-            CLIPVisionModelWithProjection, NAME, "model", model, revision=revision, dtype=named_dtype(NAME, dtype)
+            CLIPVisionModelWithProjection,
+            NAME,
+            "model",
+            model,
+            revision=revision,
+            dtype=checkpoints.named_dtype(NAME, dtype),
         )
         path = checkpoints.file(NAME, "head", head, *HEAD_FILES)
         tensors = checkpoints.tensors(path, NAME, "head")

@@ -20,6 +20,7 @@ from transformers.utils import logging
 
 from rftcore.rewards.reward import RewardSpecError
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SAFETENSORS = (".safetensors",)
 PICKLED = (".bin", ".pt", ".pth")
 _HOW_TO_CONVERT = (
@@ -150,6 +151,13 @@ def tensors(path: str | Path, reward: str, option: str) -> dict[str, Tensor]:
         raise _error(reward, option, path, f"what it holds as {_some(strange)} is no tensor")
     _check_finite(found, reward, option, path)
     return dict(found)
+
+
+def named_dtype(reward: str, name: str) -> torch.dtype:
+    """The dtype of a name. Raises: RewardSpecError for another one than DTYPES has."""
+    if name not in DTYPES:
+        raise RewardSpecError(f"reward {reward!r} has dtype={name!r}; allowed are {', '.join(map(repr, DTYPES))}")
+    return DTYPES[name]
 
 
 def refuse(reward: str, option: str, place: str | Path, reason: str) -> RewardSpecError:

@@ -14,10 +14,9 @@ from transformers import CLIPModel, CLIPTokenizer, CLIPVisionModelWithProjection
 
 from rftcore.rewards import checkpoints
 from rftcore.rewards.preprocessing import clip_input
-from rftcore.rewards.reward import RewardSpecError, check_prompts
+from rftcore.rewards.reward import check_prompts
 from rftcore.rewards.towers import checkpoint_layers, freeze, looked_at
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Prompts whose features are kept: a few MiB of them.
 _KEPT_PROMPTS = 4096
 
@@ -125,17 +124,12 @@ def load_clip(
 
     Raises: RewardSpecError, as `checkpoints.load`, or for an unknown dtype.
     """
-    found = checkpoints.load(CLIPModel, reward, option, model, revision=revision, dtype=named_dtype(reward, dtype))
+    found = checkpoints.load(
+        CLIPModel, reward, option, model, revision=revision, dtype=checkpoints.named_dtype(reward, dtype)
+    )
     where, place = ("tokenizer", tokenizer) if tokenizer is not None else (option, model)
     words = checkpoints.load(CLIPTokenizer, reward, where, place, revision=revision if tokenizer is None else None)
     return Clip(found, words, checkpointing=checkpointing)
-
-
-def named_dtype(reward: str, name: str) -> torch.dtype:
-    """The dtype of a name. Raises: RewardSpecError for another one than DTYPES has."""
-    if name not in DTYPES:
-        raise RewardSpecError(f"reward {reward!r} has dtype={name!r}; allowed are {', '.join(map(repr, DTYPES))}")
-    return DTYPES[name]
 
 
 def pooled(output: Any) -> Tensor:

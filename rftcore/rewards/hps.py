@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from rftcore.rewards import checkpoints
-from rftcore.rewards.clip import Clip, load_clip, named_dtype
+from rftcore.rewards.clip import Clip, load_clip
 from rftcore.rewards.preprocessing import CLIP_MEAN, CLIP_STD, letterbox, normalise
 from rftcore.rewards.reward import declare
 
@@ -79,7 +79,7 @@ class _HumanPreference(nn.Module):
         )
         tensors = checkpoints.tensors(path, self.name, "model")
         try:
-            found = from_open_clip(tensors, named_dtype(self.name, dtype))
+            found = from_open_clip(tensors, checkpoints.named_dtype(self.name, dtype))
         except (KeyError, RuntimeError) as error:
             raise checkpoints.refuse(self.name, "model", path, f"it is no open_clip ViT-H-14: {error}") from error
         words = checkpoints.load(CLIPTokenizer, self.name, "tokenizer", path.parent if tokenizer is None else tokenizer)

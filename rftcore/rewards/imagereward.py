@@ -9,7 +9,6 @@ from transformers import BertTokenizer
 
 from rftcore.rewards import blip, checkpoints
 from rftcore.rewards.affine_head import folded
-from rftcore.rewards.clip import named_dtype
 from rftcore.rewards.preprocessing import CLIP_MEAN, CLIP_STD, normalise, resize_shortest
 from rftcore.rewards.reward import check_prompts, declare
 from rftcore.rewards.towers import checkpoint_layers, freeze, looked_at
@@ -61,7 +60,7 @@ class ImageReward(nn.Module):
         revision: str | None = None,
     ) -> None:
         super().__init__()
-        lower = named_dtype(NAME, dtype)
+        lower = checkpoints.named_dtype(NAME, dtype)
         path = checkpoints.file(NAME, "model", model, *FILES, revision=revision)
         source = blip.Source(checkpoints.tensors(path, NAME, "model"), NAME, path)
         self.vision, self.text = (freeze(tower(source)).to(lower) for tower in (blip.vision_tower, blip.text_tower))

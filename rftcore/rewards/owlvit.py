@@ -11,7 +11,6 @@ from torch.nn.functional import logsigmoid
 from transformers import CLIPTokenizer, OwlViTForObjectDetection
 
 from rftcore.rewards import checkpoints
-from rftcore.rewards.clip import named_dtype
 from rftcore.rewards.preprocessing import CLIP_MEAN, CLIP_STD, normalise, resize
 from rftcore.rewards.reward import RewardSpecError, declare
 from rftcore.rewards.towers import checkpoint_layers, freeze, looked_at
@@ -62,7 +61,7 @@ class _Detector(nn.Module):
             "model",
             model,
             revision=revision,
-            dtype=named_dtype(self._name, dtype),
+            dtype=checkpoints.named_dtype(self._name, dtype),
         )
         tokenizer = checkpoints.load(CLIPTokenizer, self._name, "model", model, revision=revision)
         freeze(detector)

@@ -13,8 +13,6 @@ from rftcore.rewards import checkpoints
 from rftcore.rewards.reward import RewardSpecError
 from rftcore.rewards.towers import freeze
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
 
 class Describer(nn.Module):
     """An image-text-to-text model that answers a question about images, greedily.
@@ -34,8 +32,7 @@ class Describer(nn.Module):
 
     def __init__(self, model: str, dtype: str = "bf16", *, reward: str = "vlm_alignment") -> None:
         super().__init__()
-        if dtype not in DTYPES:
-            raise RewardSpecError(f"reward {reward!r}: dtype={dtype!r} is not one of {', '.join(DTYPES)}")
+        precision = checkpoints.named_dtype(reward, dtype)
         try:
             self.processor = checkpoints.load(AutoProcessor, reward, "model", model)
         except ImportError as error:
@@ -47,7 +44,7 @@ class Describer(nn.Module):
             or getattr(self.processor, "image_processor", None) is None
         ):
             raise checkpoints.refuse(reward, "model", model, "its processor does not take both images and text")
-        self.model = freeze(checkpoints.load(AutoModelForImageTextToText, reward, "model", model, dtype=DTYPES[dtype]))
+        self.model = freeze(checkpoints.load(AutoModelForImageTextToText, reward, "model", model, dtype=precision))
         # Answers are read from the end, so that a batch is padded before its questions.
         self.processor.tokenizer.padding_side = "left"
         if self.processor.tokenizer.pad_token is None:

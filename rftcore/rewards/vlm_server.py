@@ -31,8 +31,9 @@ from typing import Any
 
 from PIL import Image
 
+from rftcore.rewards.checkpoints import DTYPES
 from rftcore.rewards.reward import RewardSpecError
-from rftcore.rewards.vlm import DTYPES, Describer
+from rftcore.rewards.vlm import Describer
 
 _LARGEST_REQUEST = 64 * 2**20
 _LARGEST_SIDE = 4096
