@@ -158,3 +158,14 @@ def test_options_make_a_class_and_are_given_to_a_function():
 def test_options_that_cannot_be(spec, options, message):
     with pytest.raises(RewardSpecError, match=message):
         rewards.load(spec, options=options)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_a_sum_that_is_not_finite_says_which_part_is_not(gradient):
+    @declare(differentiable=True)
+    def broken(images, prompts, metadata=None):
+        return images.mean((1, 2, 3)) / torch.tensor([1.0, 0.0])[: len(images)]
+
+    latents = torch.rand(2, 3, 4, 4, requires_grad=gradient)
+    with pytest.raises(ValueError, match=r"'weighted_sum' \(of which 'broken'\) returned inf for the prompt 'b'"):
+        rftcore.score(None, latents, summed((mean, 1), (broken, 1)), ["a", "b"], images_per_call=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 import torch
 
@@ -23,7 +24,7 @@ def symmetry(
     prompts: Sequence[str],
     metadata: Sequence[dict] | None = None,
     *,
-    kind: str = "left_right",
+    kind: Literal["left_right", "up_down", "half_turn", "quarter_turn"] = "left_right",
 ) -> torch.Tensor:
     """How symmetric images x are: -mean (x - s(x))^2 over pixels and channels, 0 where x equals s(x).
 

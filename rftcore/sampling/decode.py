@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -195,7 +195,7 @@ def score(
 
     if differentiate:
         rewards, saturated, dropped = _Score.apply(
-            evaluate, reward, prompts, parts, on_nan, _runs_in_fp16(vae, latents), latents
+            evaluate, reward, prompts, parts, summands, on_nan, _runs_in_fp16(vae, latents), latents
         )
     else:
         with torch.no_grad():
@@ -203,14 +203,13 @@ def score(
         rewards, saturated = (torch.cat(tensors) for tensors in zip(*pairs, strict=True))
         dropped = ~rewards.isfinite()
         if on_nan == "stop":
-            _check_finite(reward, rewards, prompts, (~dropped).tolist())
+            _check_finite(reward, rewards, prompts, (~dropped).tolist(), _joined(summands, parts))
         rewards, saturated = rewards.masked_fill(dropped, torch.nan).to(latents), saturated.to(latents)
     if not return_stats:
         return rewards
     stats = {"saturated": saturated, "dropped": dropped}
     if hasattr(reward, "with_parts"):
-        found = [summands[part.start] for part in parts]
-        stats["parts"] = {name: torch.cat([values[name].detach() for values in found]) for name in found[0]}
+        stats["parts"] = _joined(summands, parts)
     return rewards, stats
 
 
@@ -219,7 +218,15 @@ class _Score(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, evaluate, reward, prompts: Sequence[str], parts: list[slice], on_nan: str, fp16: bool, latents: Tensor
+        ctx,
+        evaluate,
+        reward,
+        prompts: Sequence[str],
+        parts: list[slice],
+        summands: Mapping[int, dict[str, Tensor]],
+        on_nan: str,
+        fp16: bool,
+        latents: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         rewards, saturated, gradients = ([None] * len(parts) for _ in range(3))
         todo = list(range(len(parts)))
@@ -235,7 +242,7 @@ class _Score(torch.autograd.Function):
             usable = torch.stack([joined.isfinite(), slopes.flatten(1).isfinite().all(1)])  # (2, B)
             finite, sound = usable.tolist()
             if on_nan == "stop":
-                _check_finite(reward, joined, prompts, finite)
+                _check_finite(reward, joined, prompts, finite, _joined(summands, parts))
             steep = [known and not slope for known, slope in zip(finite, sound, strict=True)]
             todo = [number for number, part in enumerate(parts) if any(steep[part])]
             if not todo:
@@ -253,14 +260,14 @@ class _Score(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_rewards: Tensor, *_) -> tuple[None, None, None, None, None, None, Tensor]:
+    def backward(ctx, grad_rewards: Tensor, *_) -> tuple[None, None, None, None, None, None, None, Tensor]:
         slopes, *dropped = ctx.saved_tensors
         per_image = (-1, *[1] * (slopes.ndim - 1))
         gradient = grad_rewards.reshape(per_image) * slopes
         if dropped:
             # NaN times zero would be NaN.
             gradient = gradient.masked_fill(dropped[0].reshape(per_image), 0)
-        return None, None, None, None, None, None, gradient
+        return None, None, None, None, None, None, None, gradient
 
 
 def _runs_in_fp16(vae: nn.Module | None, latents: Tensor) -> bool:
@@ -294,13 +301,24 @@ def _check_shape(reward, values: Any, count: int) -> None:
         )
 
 
-def _check_finite(reward, values: Tensor, prompts: Sequence[str], finite: Sequence[bool]) -> None:
+def _joined(summands: Mapping[int, dict[str, Tensor]], parts: Sequence[slice]) -> dict[str, Tensor]:
+    """Of a sum's rewards, all images' values (B,), by name."""
+    found = [summands[part.start] for part in parts]
+    return {name: torch.cat([values[name].detach() for values in found]) for name in found[0]}
+
+
+def _check_finite(
+    reward, values: Tensor, prompts: Sequence[str], finite: Sequence[bool], summands: Mapping[str, Tensor]
+) -> None:
     if not all(finite):
+        first = list(finite).index(False)
+        guilty = [name for name, column in summands.items() if not bool(column[first].isfinite())]
+        which = f" (of which {', '.join(map(repr, guilty))})" if guilty else ""
         broken = [(prompt, value) for prompt, value, ok in zip(prompts, values.tolist(), finite, strict=True) if not ok]
         others = ", ".join(repr(prompt) for prompt, _ in broken[1:_NAMED])
         more = f" and {len(broken) - 1} more ({others}{', ...' if len(broken) > _NAMED else ''})" if others else ""
         raise RewardError(
-            f"reward {_name(reward)} returned {broken[0][1]} for the prompt {broken[0][0]!r}{more}; rewards must be "
+            f"reward {_name(reward)}{which} returned {broken[0][1]} for the prompt {broken[0][0]!r}{more}; rewards must be "
             'finite. Mend the reward, or drop such samples (on_nan="drop", in a run reward.on_nan=drop).'
         )
 
