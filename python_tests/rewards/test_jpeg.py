@@ -7,6 +7,7 @@ from benchmarks import jpeg as benchmark
 from rftcore import rewards
 from rftcore.rewards import RewardSpecError
 from rftcore.rewards.file_size import incompressibility as file_size
+from rftcore.rewards.jpeg import Compressibility
 from rftcore.training import Trainer, load_config, recipes
 
 PROMPTS = [""] * 4
@@ -58,8 +59,10 @@ def test_following_the_gradient_moves_real_files(options):
 
 
 def test_errors():
-    with pytest.raises(RewardSpecError, match="measure='bytes'.*reconstruction or size"):
+    with pytest.raises(RewardSpecError, match="measure='bytes'; it must be 'reconstruction' or 'size'"):
         rewards.load("jpeg_compressibility", options={"measure": "bytes"})
+    with pytest.raises(RewardSpecError, match="measure='bytes'.*reconstruction or size"):
+        Compressibility(measure="bytes")
     with pytest.raises(RewardSpecError, match="quality=0"):
         rewards.load("jpeg_compressibility", options={"quality": 0})
     with pytest.raises(RewardSpecError, match="no option 'qualty'; did you mean 'quality'"):

@@ -5,6 +5,7 @@ import torch
 
 from rftcore import rewards
 from rftcore.rewards import RewardSpecError
+from rftcore.rewards.symmetry import symmetry
 
 KINDS = {
     "left_right": lambda x: x[..., ::-1],
@@ -39,7 +40,9 @@ def test_by_hand():
 
 
 def test_errors():
+    with pytest.raises(RewardSpecError, match="kind='mirror'; it must be 'left_right' or 'up_down'"):
+        rewards.load("symmetry", options={"kind": "mirror"})
     with pytest.raises(RewardSpecError, match="kind='mirror'.*left_right, up_down"):
-        rewards.load("symmetry", options={"kind": "mirror"})(torch.zeros(1, 3, 4, 4), [""])
+        symmetry(torch.zeros(1, 3, 4, 4), [""], kind="mirror")
     with pytest.raises(RewardSpecError, match=r"square images, got \(4, 6\)"):
         rewards.load("symmetry", options={"kind": "quarter_turn"})(torch.zeros(1, 3, 4, 6), [""])
