@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import signal
@@ -72,6 +73,8 @@ def _child(rank, port, log, command, how):
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(file, stream)
+    # One that hangs says where before it is killed.
+    faulthandler.dump_traceback_later(DEADLINE_S - 5)
     # The reward is found under this module's own name.
     import rank_worker
 
