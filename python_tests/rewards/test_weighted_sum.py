@@ -152,7 +152,7 @@ def test_options_make_a_class_and_are_given_to_a_function():
         (mean, {"gane": 2}, "no option 'gane'; did you mean 'gain'"),
         (square, {"gain": 2}, "no option 'gain'; it takes none"),
         (mean, {"images": 2}, "no option 'images'"),
-        ("symmetry", {"kind": 3}, "'symmetry' has the option kind=3; it must be text"),
+        ("symmetry", {"kind": 3}, "'symmetry' has the option kind=3; it must be 'left_right' or"),
     ],
 )
 def test_options_that_cannot_be(spec, options, message):
