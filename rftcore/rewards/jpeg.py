@@ -30,7 +30,9 @@ class _Loss:
     *Raises* RewardSpecError, for a quality or a measure that there is not.
     """
 
-    def __init__(self, quality: int = 50, measure: Literal["reconstruction", "size"] = "reconstruction", exact: bool = True) -> None:
+    def __init__(
+        self, quality: int = 50, measure: Literal["reconstruction", "size"] = "reconstruction", exact: bool = True
+    ) -> None:
         tables(quality)
         if measure not in _MEASURES:
             raise RewardSpecError(f"measure={measure!r} is not known; it is {' or '.join(_MEASURES)}")
