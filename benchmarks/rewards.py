@@ -35,6 +35,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from benchmarks import harness
 from benchmarks.memory import PeakBytes
 from rftcore import rewards
+from rftcore.plan_reward import HUGE, LARGE
 from rftcore.rewards import (
     RewardSpecError,
     adversarial,
@@ -70,11 +71,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     "adversarial": {"target": 281},
 }
 PROMPTS = ("a cat on a chair", "a photo of the sea at night", "a red circle", "noise")
-# Of the vision towers.
-SHAPES = {
-    "ViT-L/14": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "projection_dim": 768},
-    "ViT-H/14": {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "projection_dim": 1024},
-}
+SHAPES = {"ViT-L/14": LARGE, "ViT-H/14": HUGE}
 
 
 class Judged(NamedTuple):
@@ -130,7 +127,7 @@ def published(models: Path, dtype: str, device: str) -> Iterator[Judged | dict[s
 def random_towers(dtype: str, device: str) -> Iterator[Judged]:
     """CLIP's vision towers of the published shapes, checkpointed and not."""
     for name, shape in SHAPES.items():
-        config = CLIPVisionConfig(**shape, num_attention_heads=16, patch_size=14, image_size=224)
+        config = CLIPVisionConfig(**shape["vision_config"], projection_dim=shape["projection_dim"])
         tower = CLIPVisionModelWithProjection(config).to(device, DTYPES[dtype])
         # The second one wraps the first one's tower, whose layers are then checkpointed.
         for checkpointing in (False, True):

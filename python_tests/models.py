@@ -1,7 +1,9 @@
 """Tiny UNets of every shape that is served, with LoRA adapters that do something."""
 
+import json
+
 import torch
-from diffusers import UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
 from peft import LoraConfig, inject_adapter_in_model
 
 
@@ -43,6 +45,21 @@ UNETS = {
         **o,
     ),
 }
+
+
+def save_configs(folder):
+    """Writes what `rftcore plan` reads of a tiny pipeline: configs, and no weights."""
+    text_unet().save_config(folder / "unet")
+    AutoencoderKL(
+        block_out_channels=(16, 32),
+        norm_num_groups=4,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+    ).save_config(folder / "vae")
+    (folder / "text_encoder").mkdir()
+    (folder / "text_encoder/config.json").write_text(json.dumps({"max_position_embeddings": 5}))
+    return folder
 
 
 def add_lora(unet):

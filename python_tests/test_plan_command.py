@@ -1,13 +1,11 @@
 """`rftcore plan`: what fits, as a user asks it, mistakes included."""
 
-import json
 import subprocess
 import sys
 import time
 
 import pytest
-from diffusers import AutoencoderKL
-from models import text_unet
+from models import save_configs, text_unet
 
 from rftcore.errors import UsageError
 from rftcore.plan_command import describe, predict
@@ -21,18 +19,7 @@ def rftcore(*arguments):
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory):
     """The folder of a tiny pipeline, configs only."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    text_unet().save_config(folder / "unet")
-    AutoencoderKL(
-        block_out_channels=(16, 32),
-        norm_num_groups=4,
-        latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    ).save_config(folder / "vae")
-    (folder / "text_encoder").mkdir()
-    (folder / "text_encoder/config.json").write_text(json.dumps({"max_position_embeddings": 5}))
-    return folder
+    return save_configs(tmp_path_factory.mktemp("pipeline"))
 
 
 def predicted(pipeline, **options):

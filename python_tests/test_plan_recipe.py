@@ -4,8 +4,7 @@ import json
 
 import pytest
 import yaml
-from diffusers import AutoencoderKL
-from models import text_unet
+from models import save_configs, text_unet
 
 from benchmarks.harness import RESULTS
 from benchmarks.tiers import TAKEN, tiers
@@ -23,18 +22,7 @@ MIB, LATENT = 2**20, 4 * 8 * 8 * 4
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """The folder of a tiny pipeline, configs only."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    text_unet().save_config(folder / "unet")
-    AutoencoderKL(
-        block_out_channels=(16, 32),
-        norm_num_groups=4,
-        latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-    ).save_config(folder / "vae")
-    (folder / "text_encoder").mkdir()
-    (folder / "text_encoder/config.json").write_text(json.dumps({"max_position_embeddings": 5}))
-    return folder
+    return save_configs(tmp_path_factory.mktemp("pipeline"))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from rftcore.rewards.towers import checkpoint_layers
 
 _SIDE = 224
 # openai/clip-vit-large-patch14, and laion/CLIP-ViT-H-14-laion2B-s32B-b79K, which PickScore and HPSv2 are tuned from.
-_LARGE = {
+LARGE = {
     "projection_dim": 768,
     "vision_config": {
         "hidden_size": 1024,
@@ -29,7 +29,7 @@ _LARGE = {
         "num_attention_heads": 12,
     },
 }
-_HUGE = {
+HUGE = {
     "projection_dim": 1024,
     "vision_config": {
         "hidden_size": 1280,
@@ -47,11 +47,11 @@ _HUGE = {
 }
 # Of each reward, its CLIP, and whether it has the text's half, too.
 REWARDS = {
-    "aesthetic": (_LARGE, False),
-    "clip_score": (_LARGE, True),
-    "pickscore": (_HUGE, True),
-    "hpsv2": (_HUGE, True),
-    "hpsv2_1": (_HUGE, True),
+    "aesthetic": (LARGE, False),
+    "clip_score": (LARGE, True),
+    "pickscore": (HUGE, True),
+    "hpsv2": (HUGE, True),
+    "hpsv2_1": (HUGE, True),
 }
 
 

@@ -12,18 +12,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 import rftcore
 from rftcore import published
 from rftcore.counting import PeakBytes
+from rftcore.plan_reward import LARGE
 from rftcore.rewards import declare
 from rftcore.rewards.clip import Clip
 
-VIT_L_14 = {
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 16,
-    "patch_size": 14,
-    "image_size": 224,
-    "projection_dim": 768,
-}
 MOST = 1.3 * 2**30
 
 
@@ -52,7 +44,7 @@ def tail():
     mode = FakeTensorMode()
     with torch.device("meta"):
         vae = AutoencoderKL.from_config(published.AUTOENCODER).to(torch.bfloat16)
-        tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**VIT_L_14))
+        tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**LARGE["vision_config"], projection_dim=768))
     vae = without_data(vae, mode)
     clip = Clip(without_data(tower, mode))
     return rftcore.accelerate(vae), clip, mode
