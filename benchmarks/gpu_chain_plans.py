@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 from benchmarks.gpu_chain_models import save
 from rftcore import published
-from rftcore.plan_command import predict
-from rftcore.plan_options import PlanOptions
+from rftcore.commands.plan import predict
+from rftcore.commands.plan_options import PlanOptions
 from rftcore.sampling import Plan
 
 

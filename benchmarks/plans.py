@@ -6,8 +6,8 @@ Weights, LoRA r=4 on the attention with its gradients and AdamW, decoding and tr
 from __future__ import annotations
 
 from benchmarks import harness
-from rftcore.plan_command import predict
-from rftcore.plan_options import PlanOptions
+from rftcore.commands.plan import predict
+from rftcore.commands.plan_options import PlanOptions
 
 # Model, images, steps, differentiated steps, GiB of the device, and the most that may run twice, in percent.
 CASES = (

@@ -35,7 +35,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 from benchmarks import harness
 from benchmarks.memory import PeakBytes
 from rftcore import rewards
-from rftcore.plan_reward import HUGE, LARGE
+from rftcore.commands.plan_reward import HUGE, LARGE
 from rftcore.rewards import (
     RewardSpecError,
     adversarial,

@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 
 from benchmarks import harness
-from rftcore.plan_command import predict
-from rftcore.plan_options import PlanOptions
-from rftcore.plan_recipe import options_of
+from rftcore.commands.plan import predict
+from rftcore.commands.plan_options import PlanOptions
+from rftcore.commands.plan_recipe import options_of
 from rftcore.training import recipes
 
 _TIER = re.compile(r"_(\d+)gb$")

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from rftcore import __version__, plan_options, sample_options
+from rftcore import __version__
+from rftcore.commands import lora_options, plan_options, sample_options
 from rftcore.errors import Interrupted, RunError, UsageError, nearest
-from rftcore.lora import options as lora_options
 from rftcore.prompts import PromptsError
 from rftcore.rewards import RewardSpecError
 from rftcore.training import recipes
@@ -151,7 +151,7 @@ def _run(namespace) -> int:
         print(format_info())
     elif namespace.command == "rewards":
         _quieten_libraries()
-        from rftcore.rewards_command import describe as describe_rewards
+        from rftcore.commands.rewards import describe as describe_rewards
 
         print(describe_rewards())
     elif namespace.command == "configs" and namespace.configs.action == "ls":
@@ -163,19 +163,19 @@ def _run(namespace) -> int:
         options = plan_options.PlanOptions(**namespace.plan.as_dict())
         options.validate()
         _quieten_libraries()
-        from rftcore.plan_command import describe, predict
+        from rftcore.commands.plan import describe, predict
 
         print(describe(options, predict(options)))
     elif namespace.command == "sample":
         options = sample_options.SampleOptions(**namespace.sample.as_dict())
         options.validate()
         _quieten_libraries()
-        from rftcore.sample_command import sample
+        from rftcore.commands.sample import sample
 
         print(f"written to {sample(options)}")
     elif namespace.command == "lora":
         _quieten_libraries()
-        from rftcore.lora.command import run
+        from rftcore.commands.lora import run
 
         action = namespace.lora.action
         print(run(action, namespace.lora[action].as_dict()))

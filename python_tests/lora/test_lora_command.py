@@ -8,7 +8,8 @@ import pytest
 from tiny_loras import assert_same_changes, assert_same_layers, changes
 
 from rftcore import cli
-from rftcore.lora import command, files
+from rftcore.commands import lora as command
+from rftcore.lora import files
 from rftcore.lora.layers import Lora
 from rftcore.lora.mix import mix
 

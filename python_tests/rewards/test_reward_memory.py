@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 import rftcore
 from rftcore import published
 from rftcore.counting import PeakBytes
-from rftcore.plan_reward import LARGE
+from rftcore.commands.plan_reward import LARGE
 from rftcore.rewards import declare
 from rftcore.rewards.clip import Clip
 

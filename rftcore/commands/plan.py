@@ -16,9 +16,9 @@ from torch import Tensor
 from rftcore import published
 from rftcore.blocks import accelerate
 from rftcore.blocks.budget import bytes_of, text_of
+from rftcore.commands.plan_options import ATTENTION, DTYPES, OPTIMIZERS, PlanOptions
+from rftcore.commands.plan_reward import REWARDS, reward_bytes
 from rftcore.errors import UsageError, nearest
-from rftcore.plan_options import ATTENTION, DTYPES, OPTIMIZERS, PlanOptions
-from rftcore.plan_reward import REWARDS, reward_bytes
 from rftcore.sampling.conditioning import Conditioning
 from rftcore.sampling.denoiser import Denoiser
 from rftcore.sampling.gradient_path import GradientPath

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
+from rftcore.commands.lora_options import DTYPES, LAYOUTS
 from rftcore.errors import UsageError, nearest
 from rftcore.lora import diff, files, info
 from rftcore.lora.mix import Mixture, mix
-from rftcore.lora.options import DTYPES, LAYOUTS
 
 _DTYPES = dict(zip(DTYPES, (torch.float32, torch.bfloat16, torch.float16), strict=True))
 

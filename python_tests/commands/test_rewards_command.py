@@ -1,7 +1,7 @@
 """`rftcore rewards`: what is said of the rewards that ship."""
 
+from rftcore.commands.rewards import describe
 from rftcore.rewards import KNOWN
-from rftcore.rewards_command import describe
 
 
 def test_every_reward_is_described():

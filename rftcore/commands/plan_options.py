@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from jsonargparse import ArgumentParser
 
+from rftcore.commands.plan_recipe import options_of
 from rftcore.errors import UsageError, nearest
-from rftcore.plan_recipe import options_of
 from rftcore.training.config import option
 
 # Bytes of an optimizer's state for each trained parameter, whose master is fp32.

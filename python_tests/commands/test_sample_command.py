@@ -24,13 +24,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from rftcore import cli, digits, sample_command
+from rftcore import cli, digits
+from rftcore.commands import sample as sample_command
+from rftcore.commands.sample_options import SampleOptions
 from rftcore.digits.vocabulary import write_tokenizer
 from rftcore.errors import RunError, UsageError
 from rftcore.lora import files, loading
 from rftcore.lora.layers import Layer, Lora
 from rftcore.lora.mix import mix
-from rftcore.sample_options import SampleOptions
 from rftcore.training import weights as training_weights
 from rftcore.training.algorithm_configs import DraftConfig
 from rftcore.training.config import LoraConfig

@@ -9,11 +9,11 @@ from models import save_configs, text_unet
 from benchmarks.harness import RESULTS
 from benchmarks.tiers import TAKEN, tiers
 from rftcore.cli import _parse
+from rftcore.commands.plan import describe, predict
+from rftcore.commands.plan_options import PlanOptions
+from rftcore.commands.plan_recipe import options_of
+from rftcore.commands.plan_reward import REWARDS, reward_bytes
 from rftcore.errors import UsageError
-from rftcore.plan_command import describe, predict
-from rftcore.plan_options import PlanOptions
-from rftcore.plan_recipe import options_of
-from rftcore.plan_reward import REWARDS, reward_bytes
 from rftcore.training import recipes
 
 MIB, LATENT = 2**20, 4 * 8 * 8 * 4
@@ -117,7 +117,7 @@ def test_what_validation_says(recipe):
 def test_hub_names_are_known():
     sizes = {"CompVis/stable-diffusion-v1-4": ("sd15", None), "stabilityai/stable-diffusion-2-1": ("sd21", None),
              "stabilityai/stable-diffusion-2-1-base": ("sd21", 512), "stabilityai/sdxl-turbo": ("sdxl", None)}  # fmt: skip
-    from rftcore import plan_recipe
+    from rftcore.commands import plan_recipe
 
     assert {name: plan_recipe._model(name) for name in sizes} == sizes
 

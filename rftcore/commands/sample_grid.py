@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
+from rftcore.commands.sample_options import INTERPOLATION, SampleOptions
 from rftcore.lora.files import LoraFile
-from rftcore.sample_options import INTERPOLATION, SampleOptions
 from rftcore.training.batches import derived_seed
 from rftcore.training.evaluation import grids
 

@@ -18,11 +18,11 @@ from tqdm import tqdm
 
 import rftcore
 from rftcore import prompts as prompt_sources
-from rftcore import sample_grid
+from rftcore.commands import sample_grid
+from rftcore.commands.sample_grid import Column, Item, Sheet
+from rftcore.commands.sample_options import SampleOptions
 from rftcore.errors import RunError, UsageError
 from rftcore.lora import files, loading
-from rftcore.sample_grid import Column, Item, Sheet
-from rftcore.sample_options import SampleOptions
 from rftcore.sampling import CheckpointedSampler, decode
 from rftcore.training import environment, pipeline, schedulers
 from rftcore.training.config import ModelConfig, SamplingConfig

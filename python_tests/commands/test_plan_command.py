@@ -7,9 +7,9 @@ import time
 import pytest
 from models import save_configs, text_unet
 
+from rftcore.commands.plan import describe, predict
+from rftcore.commands.plan_options import PlanOptions
 from rftcore.errors import UsageError
-from rftcore.plan_command import describe, predict
-from rftcore.plan_options import PlanOptions
 
 
 def rftcore(*arguments):
