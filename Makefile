@@ -4,7 +4,7 @@ VENV := .venv
 # Written when the package is installed; what compiled code and dependencies are made from makes it old.
 INSTALLED := $(VENV)/.rftcore-installed
 
-.PHONY: setup demo test test-all build clean
+.PHONY: setup demo test test-all docs build clean
 
 setup: $(INSTALLED)
 
@@ -28,6 +28,10 @@ test: setup
 # Also the tests marked slow.
 test-all: setup
 	RFTCORE_TEST_ALL=1 $(PYTEST)
+
+# The documentation as a site, build/docs/index.html; a warning fails it.
+docs: setup
+	$(VENV)/bin/python -m sphinx -W --keep-going -n -q -b html docs build/docs
 
 # A wheel in dist/, made as pip makes it: in an environment of its own.
 build: setup
