@@ -1,7 +1,7 @@
 """The backward of `lora_linear`: the gradients of n, and through the rank those of the adapters' a and b.
 
 g_p = scale_p dY_p B_p, dn = sum of dY_p W_p + g_p A_p, dA_p = g_p^T n, dB_p = scale_p dY_p^T h_p. n is made again of x
-and the norm's statistics. Projections, norms and the places of low-rank columns are as in `lora_linear`.
+and the norm's statistics. Projections, norms and the places of low-rank columns are as in `projections`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from rftcore.kernels.launch import Launch, cdiv
-from rftcore.kernels.lora_linear import (
+from rftcore.kernels.projections import (
     WIDEST,
     Count,
     adapters_of,

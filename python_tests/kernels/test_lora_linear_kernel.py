@@ -12,6 +12,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 tl = pytest.importorskip("triton.language")
 forward = pytest.importorskip("rftcore.kernels.lora_linear", reason="Triton is not installed", exc_type=ImportError)
 backward = pytest.importorskip("rftcore.kernels.lora_linear_backward", exc_type=ImportError)
+common = pytest.importorskip("rftcore.kernels.projections", exc_type=ImportError)
 
 from rftcore.ops import lora_linears_reference  # noqa: E402
 from rftcore.ops.lora_linear import Adapter, Norm, Projection  # noqa: E402
@@ -120,7 +121,7 @@ def by_autograd(problem):
 def run_forward(problem, config, canaries):
     """Outputs, statistics, and h where it is made."""
     x, norm, projections, residual, _ = problem
-    dtype = forward.adapters_of(projections).dtype
+    dtype = common.adapters_of(projections).dtype
     mean = inverse = h = None
     if norm is not None:
         mean, inverse = (canaries.empty((len(x),), torch.float32) for _ in range(2))
@@ -137,7 +138,7 @@ def run_forward(problem, config, canaries):
 def run_backward(problem, mean, inverse, canaries, configs=(None, None, None)):
     """The gradients of n, and of every a and b."""
     x, norm, projections, _, grads = problem
-    dtype = forward.adapters_of(projections).dtype
+    dtype = common.adapters_of(projections).dtype
     g = h = None
     if dtype is not None:
         g, h = (canaries.empty(forward.low_rank_shape(len(x), projections), dtype) for _ in range(2))
@@ -187,7 +188,7 @@ FORWARD = [(case, "default", *dtypes) for case in CASES for dtypes in DTYPES] + 
     (case, config, *MIXED)
     for case, sizes in CASES.items()
     for config in PROJECT
-    if config != "default" and not ("strip" in config and sum(sizes.ranks) > forward.WIDEST)
+    if config != "default" and not ("strip" in config and sum(sizes.ranks) > common.WIDEST)
 ]
 
 
@@ -250,7 +251,7 @@ def test_what_is_no_number_has_no_digits_to_round():
 @triton.jit
 def _round_kernel(x, y):
     i = tl.arange(0, 8)
-    tl.store(y + i, forward.rounded_to_tf32(tl.load(x + i)))
+    tl.store(y + i, common.rounded_to_tf32(tl.load(x + i)))
 
 
 @pytest.mark.parametrize(
@@ -365,11 +366,11 @@ def test_no_rows_is_no_launch():
 def test_what_no_kernel_takes_is_an_error():
     given = problem(Case(5, 16, (8, 8), (65, 1)), torch.float32, torch.float32)
     with pytest.raises(ValueError, match="rank 65"):
-        forward.adapters_of(given.projections)
+        common.adapters_of(given.projections)
     with pytest.raises(ValueError, match="at most one"):
-        forward.adapters_of([Projection(*given.projections[1][:2], given.projections[1].adapters * 2)])
+        common.adapters_of([Projection(*given.projections[1][:2], given.projections[1].adapters * 2)])
     with pytest.raises(ValueError, match="4 projections"):
-        forward.adapters_of(given.projections[1:] * 4)
+        common.adapters_of(given.projections[1:] * 4)
     with pytest.raises(ValueError, match="residual"):
         forward.project(given.x, given.projections[1:] * 2, given.grads, given.norm, residual=given.grads[0])
     given = problem(CASES["high ranks"], torch.float32, torch.float32)
