@@ -66,8 +66,10 @@ class RandomState:
         now = RandomState.capture(self.device)
         # States are on the CPU, and have data whatever a mode makes of the chain's tensors.
         with _disable_current_modes():
-            same = self.accelerator is None or torch.equal(self.accelerator, now.accelerator)
-            return not (same and torch.equal(self.cpu, now.cpu))
+            same = torch.equal(self.cpu, now.cpu)
+            if self.accelerator is not None and now.accelerator is not None:
+                same = same and torch.equal(self.accelerator, now.accelerator)
+            return not same
 
     def _install(self) -> None:
         torch.set_rng_state(self.cpu)

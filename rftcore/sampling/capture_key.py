@@ -79,7 +79,10 @@ def capture_key(module: nn.Module, inputs: Sequence[Tensor], given: Hashable = (
         given: what else the chain does: its number of steps, guidance, plan, constants that it hands to the module.
     """
     # One flat pass: it runs before every chain, over 2,000 modules of an adapted SD1.5 (2 ms).
-    modules, adapters, tensors, stack = [], [], [], [module]
+    modules: list[Any] = []
+    adapters: list[Hashable] = []
+    tensors: list[int] = []
+    stack = [module]
     adapted: dict[type, bool] = {}
     while stack:
         child = stack.pop()
@@ -161,7 +164,7 @@ def _reasons_of_surroundings() -> list[str]:
     return found
 
 
-def _reasons_of_kind(kind: type) -> Iterator[str]:
+def _reasons_of_kind(kind: type[nn.Module]) -> Iterator[str]:
     if issubclass(kind, torch.jit.ScriptModule):
         yield "it is a TorchScript module"
     elif (root := _root(kind.forward)) not in _KNOWN_CODE:
@@ -234,7 +237,7 @@ def _flags() -> tuple:
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
         matmul.fp32_precision,
-        cudnn.conv.fp32_precision,
+        cudnn.conv.fp32_precision,  # type: ignore[attr-defined]  # torch's stubs lack it
         torch._C._get_cublas_allow_fp16_reduced_precision_reduction(),
         torch._C._get_cublas_allow_bf16_reduced_precision_reduction(),
         matmul.allow_fp16_accumulation,
@@ -244,5 +247,5 @@ def _flags() -> tuple:
         torch._C._get_cudnn_deterministic(),
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]  # torch's stubs lack it
     )

@@ -94,19 +94,21 @@ class Chain:
         check_reached(found[len(found) - len(parameters) :], parameters)
         return [grad if self._start_needed else None, *found]
 
-    def _step_backward(self, step: int, x: Tensor, output: Tensor, grad: Tensor) -> Tensor | None:
+    def _step_backward(self, step: int, x: Tensor, output: Tensor, grad: Tensor | None) -> Tensor | None:
         mode = self._modes[step]
         x_leaf = x.detach().requires_grad_(mode != "detach_x" and self._input_needed(step))
         output = output.detach().requires_grad_(mode != "detach_eps")
         with torch.enable_grad():
             next_x = sampler_step(x_leaf, output, self.coefficients[step]).next_sample
         grad_x, grad_output = gradients([next_x], [grad], [x_leaf, output])
-        if mode == "detach_eps":
+        if grad_output is None:
             return grad_x
         if self.evaluations.guided and self.path.guidance == "positive":
             grad_output = _of_positive_branch(grad_output)
         through_the_model = self.evaluations.backward(step, x, grad_output, self._model_input_needed(step))
-        return grad_x if through_the_model is None else grad_x + through_the_model
+        if grad_x is None or through_the_model is None:
+            return through_the_model if grad_x is None else grad_x
+        return grad_x + through_the_model
 
     def _input_needed(self, step: int) -> bool:
         """Whether a gradient goes on to before this step."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ class Conditioning:
 
     def told(self, embedding: Tensor) -> Conditioning:
         """The same without a negative branch, and with the embedding (1, D) of the guidance scale for each sample."""
-        return Conditioning({**self.positive, GUIDANCE: embedding.repeat(self.batch_size, 1)})
+        return Conditioning({**self.positive, GUIDANCE: embedding.repeat(cast(int, self.batch_size), 1)})
 
     def tensors(self) -> list[Tensor]:
         """All tensors, in a fixed order."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,21 @@ _NAMED = 8
 
 class RewardError(ValueError):
     """A reward returned something that cannot be trained on."""
+
+
+@overload
+def decode(vae: nn.Module | None, latents: Tensor, *, images_per_call: int = 1, clamp: str = "hard") -> Tensor: ...
+
+
+@overload
+def decode(
+    vae: nn.Module | None,
+    latents: Tensor,
+    *,
+    images_per_call: int = 1,
+    clamp: str = "hard",
+    return_stats: Literal[True],
+) -> tuple[Tensor, dict[str, Tensor]]: ...
 
 
 def decode(
@@ -60,8 +75,8 @@ def decode(
     if latents.ndim != 4:
         raise ValueError(f"latents has shape {tuple(latents.shape)}; it must be (B, C, h, w).")
     parts = _parts(latents.shape[0], images_per_call)
-    again = len(parts) > 1 and vae is not None and torch.is_grad_enabled() and latents.requires_grad
-    if again and not any(parameter.requires_grad for parameter in vae.parameters()):
+    again = len(parts) > 1 and torch.is_grad_enabled() and latents.requires_grad
+    if again and vae is not None and not any(parameter.requires_grad for parameter in vae.parameters()):
         images, saturated = _Decode.apply(vae, clamp, parts, _runs_in_fp16(vae, latents), latents)
     else:
         pairs = [_images(vae, latents[part], clamp) for part in parts] or [_images(None, latents, clamp)]
@@ -95,10 +110,10 @@ class _Decode(torch.autograd.Function):
         ctx.ambient = Ambient.capture(latents.device)
         # The weights are saved for their version check: a decoder changed before the backward would be another one.
         ctx.save_for_backward(latents, *(p for p in vae.parameters() if not p.is_inference()))
-        images, saturated = zip(*(_images(vae, latents[part], clamp) for part in parts), strict=True)
+        images, shares = zip(*(_images(vae, latents[part], clamp) for part in parts), strict=True)
         # Autocast has cached casts without a graph.
         torch.clear_autocast_cache()
-        saturated = torch.cat(saturated)
+        saturated = torch.cat(shares)
         ctx.mark_non_differentiable(saturated)
         return torch.cat(images), saturated
 
@@ -184,7 +199,7 @@ def score(
 
     # Of a sum's rewards, by a part's first image: a part that is scored again replaces its values.
     summands: dict[int, dict[str, Tensor]] = {}
-    call = getattr(reward, "with_parts", None) or (lambda *given: (reward(*given), {}))
+    call: Callable[..., Any] = getattr(reward, "with_parts", None) or (lambda *given: (reward(*given), {}))
 
     def evaluate(part: slice, piece: Tensor) -> tuple[Tensor, Tensor]:
         images, saturated = _images(vae, piece, clamp)
@@ -228,13 +243,14 @@ class _Score(torch.autograd.Function):
         fp16: bool,
         latents: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        rewards, saturated, gradients = ([None] * len(parts) for _ in range(3))
+        # By part; Any: none of them is None once all parts were scored.
+        rewards, shares, gradients = ([cast(Any, None)] * len(parts) for _ in range(3))
         todo = list(range(len(parts)))
         for scale in _FP16_GRADIENT_SCALES if fp16 else (1.0,):
             for number in todo:
                 piece = latents[parts[number]].detach().requires_grad_()
                 with torch.enable_grad():
-                    values, saturated[number] = evaluate(parts[number], piece)
+                    values, shares[number] = evaluate(parts[number], piece)
                 gradients[number] = _gradient(reward, values, piece, scale)
                 rewards[number] = values.detach()
             # Of all images at once: the answer is waited for.
@@ -253,7 +269,7 @@ class _Score(torch.autograd.Function):
                 "reward is not: look for a square root, norm or logarithm at zero, or an overflow in fp16 (use a "
                 "bf16 or fp32 VAE)."
             )
-        saturated, dropped = torch.cat(saturated), ~usable.all(0)
+        saturated, dropped = torch.cat(shares), ~usable.all(0)
         ctx.save_for_backward(slopes, *([] if all(finite) and all(sound) else [dropped]))
         ctx.mark_non_differentiable(saturated, dropped)
         return joined.masked_fill(dropped, torch.nan).to(latents), saturated, dropped

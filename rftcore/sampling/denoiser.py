@@ -164,16 +164,17 @@ class Denoiser:
             return function()
         if self.ddp.mixed_precision is not None:
             raise TypeError("DistributedDataParallel(mixed_precision=...) is not served; use autocast, or a cast UNet.")
-        module = self.ddp.module
-        self.ddp.module = _StandIn(lambda: self._within(module, function))
-        try:
-            return self.ddp(None)
-        finally:
-            self.ddp.module = module
+        ddp, module = self.ddp, self.ddp.module
 
-    def _within(self, module: nn.Module, function: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        self.ddp.module = module
-        return function()
+        def within() -> tuple[Tensor, ...]:
+            ddp.module = module
+            return function()
+
+        ddp.module = _StandIn(within)
+        try:
+            return ddp(None)
+        finally:
+            ddp.module = module
 
 
 class _StandIn(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Hashable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -158,13 +158,14 @@ class Evaluations:
         return output
 
     def _evaluate_by_plan(self, step: int, x: Tensor, x_needed: bool) -> Tensor:
-        stored = self.plan.stored[step]
+        plan = self._plan_of_gradients()
+        stored = plan.stored[step]
         if stored is None:
             return self.output(step, x)
         x = self._static(("x", step), x)
 
         def work() -> Kept:
-            return self._with_graph(step, x, x_needed, self.plan.levels[stored])
+            return self._with_graph(step, x, x_needed, plan.levels[stored])
 
         self._kept[step] = self._run.run(("keep", step), work)
         return self._fresh(self._kept[step].output.detach())
@@ -175,23 +176,27 @@ class Evaluations:
         if (kept := self._kept.pop(step, None)) is not None:
             grad = self._run.run(("kept", step), lambda: self._differentiate(kept, grad_output, self._run.retain))
             return None if grad is None else self._fresh(grad)
-        row, x = self._row(step), self._static("x", x)
+        plan, row, x = self._plan_of_gradients(), self._row(step), self._static("x", x)
         # Not what a segment returned: of several that take turns, each would have to be captured again.
         grad_x = self._run.keep("grad_x", lambda: torch.empty_like(x)) if x_needed else None
         # Of fewer images dropout would draw other masks than it drew of all.
-        together = self._batch if step in self._random else self.plan.replay_batch
+        together = self._batch if step in self._random else plan.replay_batch
         for first in range(0, self._batch, together):
             images = slice(first, min(first + together, self._batch))
 
             def work(images=images) -> None:
-                replayed = self._with_graph(row, x, x_needed, self.plan.replay_level, images)
+                replayed = self._with_graph(row, x, x_needed, plan.replay_level, images)
                 grad = self._differentiate(replayed, self._of_images(grad_output, images))
-                if grad_x is not None:
+                if grad_x is not None and grad is not None:
                     grad_x[images] = grad
 
             with self._random[step].restored() if step in self._random else contextlib.nullcontext():
                 self._run.run(("replay", x_needed, first), work)
         return grad_x
+
+    def _plan_of_gradients(self) -> Plan:
+        """The plan, asked for by what only differentiated chains do, and those have one."""
+        return cast(Plan, self.plan)
 
     def begin_backward(self) -> None:
         """Before the first `backward`, in a chain's second backward pass, too: everything is replayed in that one.

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -130,8 +130,9 @@ class Run:
     """
 
     def __init__(self, segments: Segments | None, reason: str | None) -> None:
-        self.reason = reason
-        self._segments = segments
+        self.reason: str | None = reason
+        # None in a plain run, which never asks for them.
+        self._segments = cast(Segments, segments)
         self._mode = "plain" if segments is None else segments._mode
         self._kept: dict[Hashable, Any] = {} if segments is None else segments._kept
         self._prepared = False

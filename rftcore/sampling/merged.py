@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from peft.tuners import lora
@@ -43,7 +43,8 @@ class _Site(NamedTuple):
 
     @property
     def weight(self) -> Tensor:
-        return self.base._parameters["weight"]
+        # None of those that are served is without a weight.
+        return cast(Tensor, self.base._parameters["weight"])
 
     @property
     def wide_dtype(self) -> torch.dtype:
@@ -78,12 +79,12 @@ def merged(module: nn.Module, scale: float = 1.0) -> Iterator[dict[str, Tensor]]
     originals = [site.weight for site in sites]
     try:
         for site in sites:
-            site.base._parameters["weight"] = weights[site.name]
+            site.base._parameters["weight"] = cast(nn.Parameter, weights[site.name])
             site.layer._disable_adapters = True
         yield weights
     finally:
         for site, original in zip(sites, originals, strict=True):
-            site.base._parameters["weight"] = original
+            site.base._parameters["weight"] = cast(nn.Parameter, original)
             site.layer._disable_adapters = False
 
 
@@ -188,7 +189,7 @@ def _check_base(base: nn.Module, layer: BaseTunerLayer) -> None:
                 f"padding_mode={base.padding_mode!r}, which the adapter does not share"
             )
     kind, weight = type(base).__name__, base._parameters.get("weight")
-    if type(weight) not in modules.TENSORS:
+    if weight is None or type(weight) not in modules.TENSORS:
         found = "computed (a parametrization)" if weight is None else f"a {type(weight).__name__}"
         raise Unserved(f"the weight of its {kind} is {found}, not a plain parameter")
     if weight.dtype not in DTYPES or weight.layout != torch.strided:

@@ -216,19 +216,19 @@ class _Point(NamedTuple):
     Attributes:
         kept: bytes between forward and backward.
         extra: FLOPs that run again.
-        count: how many of the priced items are made again; None: replayed.
+        again: how many of the priced items are made again; None: replayed.
     """
 
     kept: int
     extra: float
-    count: int | None
+    again: int | None
 
 
 class _Replay(NamedTuple):
     """How steps are replayed: so many images at a time, so many items made again."""
 
     images: int
-    count: int
+    again: int
     peak: int
     extra: float
 
@@ -322,10 +322,9 @@ class Planner:
         """Bytes that are enough for each part of the chain, within 5% of the least; the largest must fit the budget."""
         least = self._sampling(reserve)
         if self.steps:
-            smallest, again = math.inf, self.simulation.step(1, self.level(0)).peak
-            while again is not None and again < smallest:
-                smallest = again
-                again = self._one_image(int(0.95 * smallest))[1]
+            smallest = self.simulation.step(1, self.level(0)).peak
+            while (less := self._one_image(int(0.95 * smallest))[1]) is not None and less < smallest:
+                smallest = less
             least["a replay of one image"] = self.fixed + self._gradients + smallest + self._sliced(1)
         return least
 
@@ -360,10 +359,10 @@ class Planner:
                 if peak <= room:
                     return _Replay(even, 0, peak, 0.0)
         # One image at a time, and what is made again besides.
-        count, peak = self._one_image(room - self._sliced(1))
-        if peak is None:
+        count, least = self._one_image(room - self._sliced(1))
+        if least is None:
             raise ValueError(self._too_small(budget, self.least(reserve)))
-        return _Replay(1, count, peak + self._sliced(1), self._extra[count])
+        return _Replay(1, count, least + self._sliced(1), self._extra[count])
 
     def _sliced(self, images: int) -> int:
         """Bytes of these images' rows of what is made once, and of the gradients of all of its rows."""
@@ -424,7 +423,7 @@ class Planner:
                 break
         # The backward reaches the replayed ones last, when the memory of the others is free, and before them those
         # that take more for what they make again.
-        return [point.count for point in sorted(points, key=lambda p: p.kept)]
+        return [point.again for point in sorted(points, key=lambda p: p.kept)]
 
     def _assembled(self, counts: Sequence[int | None], replay: _Replay, budget: int, reserve: int) -> Plan:
         """The plan that stores the steps so, and its predicted peak."""
@@ -432,22 +431,22 @@ class Planner:
         stored: list[int | None] = [None] * len(self.modes)
         for step, count in zip(self.steps, counts, strict=True):
             stored[step] = None if count is None else used.index(count)
-        step = self.step(0)
+        whole = self.step(0)
         sampling = self.simulation.forward(self.batch).flops * len(self.modes)
         return Plan(
             batch=self.batch,
             stored=tuple(stored),
             levels=tuple(self.level(count) for count in used),
-            replay_level=self.level(replay.count),
+            replay_level=self.level(replay.again),
             replay_batch=replay.images,
             differentiated=len(self.steps),
             budget=budget,
             peak_bytes=self._peak(counts, replay if None in counts else None, reserve, budget // 100),
             kept_bytes=tuple(self.kept(count) for count in used),
-            level_extra=tuple(100 * self._extra[count] / step.forward_flops for count in used),
-            replay_extra=100 + 100 * replay.extra / step.forward_flops,
-            forward_flops=step.forward_flops,
-            plain_flops=sampling + step.backward_flops * len(self.steps),
+            level_extra=tuple(100 * self._extra[count] / whole.forward_flops for count in used),
+            replay_extra=100 + 100 * replay.extra / whole.forward_flops,
+            forward_flops=whole.forward_flops,
+            plain_flops=sampling + whole.backward_flops * len(self.steps),
             reserve=reserve,
         )
 

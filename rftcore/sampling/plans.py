@@ -80,7 +80,7 @@ class Plans:
         """
         if self._given is not None:
             self.last = self._given
-            self._check(len(latents), modes)
+            _check(self._given, len(latents), modes)
             return self._given
         shapes = self._key(latents, conditioning, parameters)
         self.last = self._made.get(
@@ -151,19 +151,19 @@ class Plans:
         looks = hash(tuple(_looks(self._denoiser.module)))
         return shapes, tuple(parameters), looks, Ambient.capture(latents.device)
 
-    def _check(self, batch: int, modes: Sequence[str]) -> None:
-        plan = self._given
-        unneeded = [
-            step
-            for step, (stored, mode) in enumerate(zip(plan.stored, modes, strict=False))
-            if stored is not None and mode in ("none", "detach_eps")
-        ]
-        if plan.batch != batch or len(plan.stored) != len(modes) or unneeded:
-            raise ValueError(
-                f"plan is for {plan.batch} images and {len(plan.stored)} steps, and this chain has {batch} images and "
-                f"{len(modes)} steps, of which {sum(m not in ('none', 'detach_eps') for m in modes)} are "
-                "differentiated; give the plan of a chain like it, or memory_budget."
-            )
+
+def _check(plan: Plan, batch: int, modes: Sequence[str]) -> None:
+    unneeded = [
+        step
+        for step, (stored, mode) in enumerate(zip(plan.stored, modes, strict=False))
+        if stored is not None and mode in ("none", "detach_eps")
+    ]
+    if plan.batch != batch or len(plan.stored) != len(modes) or unneeded:
+        raise ValueError(
+            f"plan is for {plan.batch} images and {len(plan.stored)} steps, and this chain has {batch} images and "
+            f"{len(modes)} steps, of which {sum(m not in ('none', 'detach_eps') for m in modes)} are "
+            "differentiated; give the plan of a chain like it, or memory_budget."
+        )
 
 
 def _looks(module: nn.Module) -> Iterator[Hashable]:

@@ -49,7 +49,8 @@ def sent(index: Tensor, device: torch.device) -> Tensor:
 def destination(what: str, *args, **kwargs) -> tuple[torch.device | None, bool]:
     """Device and non_blocking of `Tensor.to(*args, **kwargs)`. Raises: ValueError when asked for another dtype."""
     # The parser is Tensor.to's own, and the only one that knows all of its forms.
-    device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+    parsed: Sequence[Any] = torch._C._nn._parse_to(*args, **kwargs)
+    device, dtype, non_blocking, _ = parsed
     if dtype is not None:
         raise ValueError(
             f"dtype={dtype}: {what} keeps its dtypes, because log-probabilities re-scored from rounded "

@@ -73,11 +73,11 @@ class GradientSum:
             if grad is None:
                 continue
             wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-            if self._sums[index] is None:
+            if (total := self._sums[index]) is None:
                 # A copy where nothing was widened: what autograd hands out may be shared between two inputs.
                 self._sums[index] = wide.clone() if wide is grad else wide
             else:
-                self._sums[index] += wide
+                total += wide
 
     def clear(self) -> None:
         """Back to zero, in the same memory."""

@@ -133,7 +133,8 @@ class Rescore:
             reference_output=reference_output,
             divergence=self.reference,
         )
-        return (step.log_prob,) if self.reference is None else (step.log_prob, step.divergence), reference_output
+        scores = (step.log_prob,) if step.divergence is None else (step.log_prob, step.divergence)
+        return scores, reference_output
 
     def _constants_given(self, transition: Transition, conditioning: Mapping[str, Tensor], swapped):
         if not has_constants(self.denoiser):

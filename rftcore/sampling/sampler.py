@@ -95,7 +95,7 @@ class CheckpointedSampler:
         plan: Plan | None = None,
         capture: bool = True,
     ) -> None:
-        if not isinstance(guidance_scale, numbers.Real) or not math.isfinite(guidance_scale):
+        if not _is_finite(guidance_scale):
             raise ValueError(f"guidance_scale={guidance_scale!r} must be a finite number; 1.0 means no guidance.")
         self.denoiser = Denoiser(unet, cross_attention_kwargs)
         self.guided = self.denoiser.guided(guidance_scale)
@@ -531,6 +531,10 @@ class CheckpointedSampler:
             run = rescore.direct if len(columns) == 1 else lambda leaves: replay.run(rescore, leaves)
             scores = self.denoiser.synchronised(lambda: run(leaves))
         return scores[0], None if reference is None else scores[1]
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, numbers.Real) and math.isfinite(value)
 
 
 def _draw(shape: Sequence[int], generator: torch.Generator | Sequence[torch.Generator] | None, like: Tensor) -> Tensor:

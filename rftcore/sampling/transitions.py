@@ -45,11 +45,8 @@ class Transitions:
         def take(tensor: Tensor) -> Tensor:
             return tensor[index if isinstance(index, slice) else sent(index, tensor.device)]
 
-        return dataclasses.replace(
-            self,
-            **{name: take(getattr(self, name)) for name in _TENSORS},
-            conditioning=self.conditioning.map(take),
-        )
+        taken: dict[str, Any] = {name: take(getattr(self, name)) for name in _TENSORS}
+        return dataclasses.replace(self, **taken, conditioning=self.conditioning.map(take))
 
     @staticmethod
     def cat(parts: Sequence[Transitions]) -> Transitions:
@@ -62,11 +59,8 @@ class Transitions:
         if not parts:
             raise ValueError("parts is empty; Transitions.cat joins at least one.")
         check_same_settings("transitions", [part.settings for part in parts])
-        return dataclasses.replace(
-            parts[0],
-            **{name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS},
-            conditioning=Conditioning.cat([part.conditioning for part in parts]),
-        )
+        joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS}
+        return dataclasses.replace(parts[0], **joined, conditioning=Conditioning.cat([p.conditioning for p in parts]))
 
     def to(self, *args, **kwargs) -> Transitions:
         """Moves every tensor but `steps` to a device, as `Tensor.to(device, ...)`.
