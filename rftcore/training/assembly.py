@@ -55,7 +55,9 @@ def load_judges(
         asked what it cannot do with them.
     """
     held_out = held_out_reward or config.eval.held_out_reward or []
-    specs = list(held_out) if isinstance(held_out, Sequence) and not isinstance(held_out, str) else [held_out]
+    specs: list[Any] = (
+        list(held_out) if isinstance(held_out, Sequence) and not isinstance(held_out, str) else [held_out]
+    )
     unused = dict(config.reward.options)
     judges = [_trained_reward(reward or config.reward.function, config.reward.differentiable, unused)]
     # A judge is only measured: whether it has a gradient does not matter.

@@ -313,7 +313,7 @@ def flat(config: RunConfig) -> dict[str, Any]:
 
 
 def _flattened(nested: dict[str, Any]) -> dict[str, Any]:
-    pairs = {}
+    pairs: dict[str, Any] = {}
     for key, value in nested.items():
         pairs |= {f"{key}.{inner}": it for inner, it in value.items()} if isinstance(value, dict) else {key: value}
     return pairs

@@ -48,8 +48,8 @@ def _evaluate(engine: Engine) -> tuple[Tensor, Tensor]:
     denoiser, guided = Denoiser(engine.model), engine.branches == 2
     given = engine.inputs.batch([engine.plan.prompt(1, 0)])
     names = ("prompt_embeds", "negative_prompt_embeds", "added_cond_kwargs", "negative_added_cond_kwargs")
-    conditioning = Conditioning.build(*(given.get(name) for name in names), guided=guided)
-    conditioning = denoiser.told(conditioning, engine.config.sampling.guidance_scale).joined()
+    built = Conditioning.build(*(given.get(name) for name in names), guided=guided)
+    conditioning = denoiser.told(built, engine.config.sampling.guidance_scale).joined()
     size = engine.sample_size if isinstance(engine.sample_size, tuple) else (engine.sample_size,) * 2
     noise = torch.randn(1, denoiser.config.in_channels, *size, generator=generator("compilation"))
     time = torch.tensor(engine.scheduler.config.num_train_timesteps // 2, device=engine.device)

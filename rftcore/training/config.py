@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -35,7 +36,7 @@ def option(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def group(kind: type) -> Any:
+def group(kind: Callable[[], Any]) -> Any:
     """A dataclass field that holds a group of options."""
     return dataclasses.field(default_factory=kind)
 

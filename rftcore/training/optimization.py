@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def make_optimizer(
     Raises: UsageError where bitsandbytes is asked for and is missing, or takes no step on this device.
     """
     parameters = list(parameters)
-    options = {
+    options: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": (config.adam_beta1, config.adam_beta2),
         "weight_decay": config.adam_weight_decay,
@@ -49,7 +49,7 @@ def make_optimizer(
     return kind(parameters, **options)
 
 
-def _check_steps(kind: type[torch.optim.Optimizer], device: torch.device, dtype: torch.dtype) -> None:
+def _check_steps(kind: Callable[..., torch.optim.Optimizer], device: torch.device, dtype: torch.dtype) -> None:
     """Which devices it serves, it says only at its first step."""
     probe = nn.Parameter(torch.zeros(_SMALLEST_IN_8_BIT, device=device, dtype=dtype))
     probe.grad = torch.ones_like(probe)

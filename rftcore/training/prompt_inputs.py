@@ -116,7 +116,7 @@ def encode_prompts(
     if not negative_prompt and pipe.config.get("force_zeros_for_empty_prompt", False):
         negative = {name: torch.zeros_like(tensor) for name, tensor in negative.items()}
     time_ids = None
-    if is_xl:
+    if is_xl and sample_size is not None:
         sides = (sample_size, sample_size) if isinstance(sample_size, int) else sample_size
         height, width = (side * pipe.vae_scale_factor for side in sides)
         time_ids = torch.tensor([height, width, 0, 0, height, width], dtype=negative["prompt_embeds"].dtype)

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from diffusers import (
@@ -34,7 +35,7 @@ _PRECISIONS = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat1
 # Of the latents, or pixels, that a reloaded model is asked about.
 _PROBED_SIDE = 32
 _LOST = "The weights are in the checkpoint; please report this"
-UNet = UNet2DConditionModel | UNet2DModel
+UNet: TypeAlias = UNet2DConditionModel | UNet2DModel
 
 
 def master_dtype(config: RunConfig) -> torch.dtype:
@@ -54,7 +55,7 @@ def attach(pipe_or_unet: DiffusionPipeline | UNet, config: RunConfig, seed: int)
     Raises:
         UsageError: when a name in lora.target_modules is no module's, or the UNet has adapters already.
     """
-    unet = getattr(pipe_or_unet, "unet", pipe_or_unet)
+    unet: UNet = getattr(pipe_or_unet, "unet", pipe_or_unet)
     if any(isinstance(module, BaseTunerLayer) for module in unet.modules()):
         raise UsageError(
             "the UNet has an adapter already; make it part of the weights with pipeline.fuse_lora() and "
@@ -320,7 +321,7 @@ def _probe(unet: UNet) -> Tensor:
         return torch.randn(1, *shape, generator=source).to(unet.device, unet.dtype)
 
     sample = noise(config.in_channels, *sides)
-    conditioning = {}
+    conditioning: dict[str, Any] = {}
     if isinstance(unet, UNet2DConditionModel):
         conditioning["encoder_hidden_states"] = noise(8, config.cross_attention_dim)
         if config.addition_embed_type == "text_time":

@@ -29,7 +29,8 @@ def columns(images_per_prompt: int) -> int:
 
 def prompt_grid(prompts: Sequence[str], images: Mapping[int, Image.Image]) -> Image.Image:
     """The images by their index, beside their prompts. All are of one size."""
-    return table(prompts, {place(index, len(prompts)): image for index, image in images.items()})
+    places = {index: place(index, len(prompts)) for index in images}
+    return table(prompts, {at: images[index] for index, at in places.items() if at is not None})
 
 
 def table(

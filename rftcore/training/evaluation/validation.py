@@ -175,7 +175,7 @@ class Validation:
         """Of each sample: mean over evenly spread steps of the mean squared difference from the model without adapter."""
         if not weights.is_lora(self.engine.model):
             return [None] * len(prompts)
-        given, total = self.engine.inputs.batch(prompts), 0.0
+        given, total = self.engine.inputs.batch(prompts), torch.zeros((), dtype=torch.float64)
         count = len(trajectory.timesteps)
         steps = _spread(count, max(_EPS_LEAST, round(_EPS_SHARE * count)))
         for step in steps:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -11,6 +11,7 @@ from torch import Tensor
 from rftcore.algorithms import ddpo
 from rftcore.algorithms.advantages import PromptStatistics, standardised
 from rftcore.rewards import Reward
+from rftcore.training.algorithm_configs import DdpoTrainConfig
 from rftcore.training.batches import generator, shuffled_in_lanes
 from rftcore.training.engine import Engine
 from rftcore.training.methods.method import Tally, Update
@@ -24,7 +25,7 @@ class Ddpo:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.train = engine, engine.config.train
+        self.engine, self.train = engine, cast(DdpoTrainConfig, engine.config.train)
         self.sampler = engine.sampler(backprop_steps=0)
         self.statistics = PromptStatistics(self.train.statistics_buffer_size, self.train.statistics_min_count)
         self.batches = self.train.samples_per_epoch // self.train.batch_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from rftcore.rewards import Reward
 from rftcore.sampling.conditioning import Conditioning
 from rftcore.sampling.trajectory import Trajectory
 from rftcore.sampling.transitions import Transitions
+from rftcore.training.algorithm_configs import DpokTrainConfig
 from rftcore.training.batches import derived_seed, endless, generator
 from rftcore.training.engine import Engine
 from rftcore.training.methods.method import Tally, Update
@@ -32,7 +33,7 @@ class Dpok:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.train = engine, engine.config.train
+        self.engine, self.train = engine, cast(DpokTrainConfig, engine.config.train)
         self.sampler = engine.sampler(backprop_steps=0)
         self.share = engine.batch_share
         self.own = engine.share(self.train.samples_per_epoch)
@@ -40,7 +41,7 @@ class Dpok:
         self.buffer = TransitionBuffer(self.train.buffer_size)
         self.prompts = list(dict.fromkeys(engine.plan.prompts))
         self.number_of = {prompt: number for number, prompt in enumerate(self.prompts)}
-        self.settings: dict[str, Any] | None = None
+        self.settings: dict[str, Any] = {}
         self.value, self.value_optimizer = self._value_function()
 
     @staticmethod
@@ -161,7 +162,8 @@ class Dpok:
             rows = self._rows(taken[list(places)])
             with self.engine.synchronised(number == len(parts) - 1):
                 with self.engine.clock.measure("train"):
-                    log_prob, divergence = self.sampler.transition_log_prob(self._transitions(rows), reference=train.kl)
+                    scores = self.sampler.transition_log_prob(self._transitions(rows), reference=train.kl)
+                    log_prob, divergence = cast(tuple[Tensor, Tensor], scores)
                     with torch.no_grad():
                         advantages = rows["rewards"] - self._values(rows)
                     loss = dpok.dpok(

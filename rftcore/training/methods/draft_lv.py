@@ -11,6 +11,7 @@ from rftcore.algorithms import paths
 from rftcore.algorithms.draft import draft
 from rftcore.algorithms.draft_lv import denoise, renoise
 from rftcore.sampling import GradientPath
+from rftcore.training.algorithm_configs import DraftLvTrainConfig
 from rftcore.training.batches import generator
 from rftcore.training.engine import Engine, Samples
 from rftcore.training.methods.method import Tally
@@ -21,6 +22,7 @@ class DraftLv(RewardGradient):
     """The gradient of the sample's reward through its last step, and of n samples made of it by another noise."""
 
     title = "DRaFT-LV"
+    train: DraftLvTrainConfig
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rftcore.algorithms.draft_plus import divergence
 from rftcore.sampling import GradientPath
+from rftcore.training.algorithm_configs import DraftPlusTrainConfig
 from rftcore.training.engine import Engine, Samples
 from rftcore.training.methods.method import Tally
 from rftcore.training.methods.reward_gradient import Draft
@@ -18,6 +19,7 @@ class DraftPlus(Draft):
     """The divergence is taken at the states of the differentiated steps, as constants, one step at a time."""
 
     title = "DRaFT+"
+    train: DraftPlusTrainConfig
 
     def __init__(self, engine: Engine) -> None:
         super().__init__(engine)

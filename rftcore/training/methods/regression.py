@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from rftcore.algorithms import rwr, sft
 from rftcore.algorithms.draft_plus import divergence
 from rftcore.rewards import Reward
+from rftcore.training.algorithm_configs import RegressionTrainConfig, RwrTrainConfig, SftTrainConfig
 from rftcore.training.batches import endless, generator
 from rftcore.training.engine import Engine
 from rftcore.training.methods.method import Tally, Update
@@ -25,9 +26,10 @@ class Regression:
     """
 
     pretrained = False
+    train: RegressionTrainConfig
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.train = engine, engine.config.train
+        self.engine, self.train = engine, cast(Any, engine.config.train)
         self.sampler = engine.sampler(backprop_steps=0)
         self.share = engine.batch_share
         self.own = engine.share(self.train.samples_per_epoch)
@@ -108,6 +110,8 @@ class Regression:
 class Rwr(Regression):
     """RWR: the model's own samples, weighted by the softmax of their rewards, or the best of them."""
 
+    train: RwrTrainConfig
+
     def weights(self, prompts: list[str], r: Tensor) -> Tensor:
         train = self.train
         if train.weighting == "dense":
@@ -125,6 +129,7 @@ class Sft(Regression):
     """KL-regularised SFT: the pretrained model's samples, weighted by reward + gamma."""
 
     pretrained = True
+    train: SftTrainConfig
 
     def weights(self, prompts: list[str], r: Tensor) -> Tensor:
         # Every sample counts: what reward + gamma makes of it is the loss's part, and can be 0 or less.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,13 @@ from rftcore.algorithms.drtune import drtune
 from rftcore.algorithms.refl import refl
 from rftcore.rewards import Reward, check_differentiable
 from rftcore.sampling import GradientPath
+from rftcore.training.algorithm_configs import (
+    AlignpropTrainConfig,
+    DraftTrainConfig,
+    DrtuneTrainConfig,
+    ReflTrainConfig,
+    RewardGradientTrainConfig,
+)
 from rftcore.training.batches import generator
 from rftcore.training.engine import Engine, Samples, Scores
 from rftcore.training.methods.method import Tally, Update
@@ -33,9 +40,10 @@ class RewardGradient:
 
     title = "The reward's gradient"
     terms_per_part = 1
+    train: RewardGradientTrainConfig
 
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.train = engine, engine.config.train
+        self.engine, self.train = engine, cast(Any, engine.config.train)
         self.steps = engine.config.sampling.num_inference_steps
         self.sampler = engine.sampler(backprop_steps=None)
         self.predict = functools.partial(self.sampler.predict, guidance_gradient=self.train.guidance_gradient)
@@ -99,6 +107,7 @@ class Draft(RewardGradient):
     """DRaFT and DRaFT-K: ascend the reward through the last K sampling steps, or all."""
 
     title = "DRaFT"
+    train: DraftTrainConfig
 
     def path(self, source: torch.Generator) -> GradientPath:
         k = self.train.backprop_steps
@@ -112,6 +121,7 @@ class Alignprop(RewardGradient):
     """AlignProp: the gradient through a part of the chain that is drawn anew for each step."""
 
     title = "AlignProp"
+    train: AlignpropTrainConfig
 
     def path(self, source: torch.Generator) -> GradientPath:
         train = self.train
@@ -131,6 +141,7 @@ class Refl(RewardGradient):
     """ReFL: the gradient of the x0 predicted at one late step."""
 
     title = "ReFL"
+    train: ReflTrainConfig
 
     def path(self, source: torch.Generator) -> GradientPath:
         return paths.refl(self.steps, self.train.first_step, self.train.last_step, source)
@@ -143,6 +154,7 @@ class Drtune(RewardGradient):
     """DRTune: the gradient at a few steps, the UNet's input detached."""
 
     title = "DRTune"
+    train: DrtuneTrainConfig
 
     def path(self, source: torch.Generator) -> GradientPath:
         return paths.drtune(self.steps, self.train.train_steps, self.train.stops_from(self.steps), source)

@@ -46,4 +46,4 @@ def _merge(model: nn.Module) -> None:
     # What is left of an adapter's traces would make the next one a second one.
     if hasattr(model, "peft_config"):
         del model.peft_config
-    model._hf_peft_config_loaded = False
+    model._hf_peft_config_loaded = False  # type: ignore[assignment]  # torch's stubs know tensors and modules alone

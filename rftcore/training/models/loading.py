@@ -111,7 +111,7 @@ def _load_vae(config: ModelConfig, configs: str, revision: str | None, dtype: to
     Args:
         configs: the pipeline of the model itself, at this revision.
     """
-    name = config.vae
+    name = config.vae or ""
     try:
         if Path(name).is_file():
             vae = AutoencoderKL.from_single_file(name, config=configs, subfolder="vae", torch_dtype=dtype)
@@ -176,7 +176,8 @@ def _wrong_variant(folder: Path, variant: str | None) -> str | None:
     if variant in there or not there:
         return None
     wanted = "without a variant" if variant is None else f"of the variant {variant!r}"
-    known = " or ".join([*sorted(there - {None}), *(["null"] if None in there else [])])
+    named = sorted(variant for variant in there if variant is not None)
+    known = " or ".join([*named, *(["null"] if None in there else [])])
     return f"the folder holds no weights {wanted}; set model.variant to {known}, which it has"
 
 

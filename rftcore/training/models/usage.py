@@ -63,7 +63,7 @@ def _is_read_by_diffusers(path: Path) -> bool:
 
 
 def _vae(config: ModelConfig) -> str:
-    path = Path(config.vae)
+    path = Path(config.vae or "")
     if path.is_file():
         name = config.pretrained_model_name_or_path
         configs = single_file.configs_name(Path(name), config) if Path(name).is_file() else name
