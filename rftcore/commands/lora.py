@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,13 @@ def _diff(first: str, second: str | None) -> str:
     return diff.describe(diff.diff(one, other), against_nothing=other is None)
 
 
-_ACTIONS = {"mix": _mix, "scale": _scale, "info": _info, "convert": _convert, "diff": _diff}
+_ACTIONS: dict[str, Callable[..., str]] = {
+    "mix": _mix,
+    "scale": _scale,
+    "info": _info,
+    "convert": _convert,
+    "diff": _diff,
+}
 
 
 def _check_dtype(dtype: str) -> None:

@@ -69,7 +69,7 @@ class _Model(NamedTuple):
 
 def predict(options: PlanOptions) -> Prediction:
     """The plan that fits, and what it takes. Raises: UsageError."""
-    model = _model(options.model)
+    model = _model(options.model or "")
     dtype = getattr(torch, DTYPES[options.dtype])
     unet, (vae, _) = _unet(model, options, dtype), published.autoencoder(model.vae, dtype)
     accelerate(unet)
@@ -81,24 +81,25 @@ def predict(options: PlanOptions) -> Prediction:
     held = _held(unet, vae, options, pixels)
     size, denoiser = pixels // scale, Denoiser(unet)
     try:
-        conditioning = Conditioning(published.conditioning(unet, 1, model.tokens))
+        given = Conditioning(published.conditioning(unet, 1, model.tokens))
     except ValueError as error:
         raise UsageError(f"--model {options.model}: {error}") from error
-    conditioning = denoiser.told(conditioning, options.guidance_scale).positive
+    conditioning = denoiser.told(given, options.guidance_scale).positive
     simulation = Simulation(denoiser, conditioning, size, size, guided=denoiser.guided(options.guidance_scale))
     planner = Planner(
         simulation, options.batch, GradientPath.last(options.backprop_steps, options.steps).effective_modes
     )
     device = None if options.device_memory is None else _bytes("--device-memory", options.device_memory)
     # A run says its budget, or takes what is free, and leaves the decoder as it is.
-    as_run = device is None or options.memory_budget is not None or options.recipe is not None
+    beside = None if device is None else device - sum(held.values())
+    as_run = beside is None or options.memory_budget is not None or options.recipe is not None
     levels = _DECODER_LEVELS if planner.steps and not as_run else _DECODER_LEVELS[:1]
     images, gradient = min(options.images_per_call, options.batch), bool(planner.steps)
     decoders = {level: decoding(vae, size, size, images=images, level=level, gradient=gradient) for level in levels}
 
     plans: dict[str, Plan] = {}
-    if as_run:
-        available, reserve = _settled(options, None if device is None else device - sum(held.values()))
+    if beside is None or as_run:
+        available, reserve = _settled(options, beside)
         # Only what waits for its backward is in the way of decoding.
         reserve = reserve if planner.steps else 0
         reserves = dict.fromkeys(levels, reserve)
@@ -107,7 +108,7 @@ def predict(options: PlanOptions) -> Prediction:
         except ValueError as error:
             raise UsageError(f"--{error}") from error
     else:
-        available = device - sum(held.values())
+        available = beside
         reserves = {level: step.peak for level, step in decoders.items()}
         plans = {level: plan for level in levels if (plan := _fitted(planner, available, reserves[level])) is not None}
         if not plans:
@@ -186,7 +187,7 @@ def describe(options: PlanOptions, prediction: Prediction) -> str:
         return "\n".join(lines)
     stored = f"; {prediction.largest_k} of {options.steps} steps of this batch without replay"
     lines += [
-        f'use: CheckpointedSampler(..., memory_budget="{plan.budget // 2**20}MiB"), '
+        f'use: CheckpointedSampler(..., memory_budget="{(plan.budget or 0) // 2**20}MiB"), '
         f'rftcore.accelerate(vae, recompute="{prediction.decoder_level}")',
         f"fits at most: a batch of {prediction.largest_batch} (steps replayed, an image at a time)"
         + (stored if plan.differentiated else ""),
@@ -204,16 +205,16 @@ def _model(name: str) -> _Model:
             f"--model {name} is no known model and no folder; {nearest(name, published.UNETS)} "
             f"({', '.join(published.UNETS)}, or a diffusers pipeline's folder)"
         )
-    configs = {part: _config(folder / part / "config.json") for part in ("unet", "vae", "text_encoder")}
+    configs: dict[str, dict[str, Any]] = {}
     for part, kind in (("unet", UNet2DConditionModel), ("vae", AutoencoderKL)):
-        if configs[part] is None:
+        config = _config(folder / part / "config.json")
+        if config is None:
             raise UsageError(f"--model {name}: there is no {part}/config.json; give the folder of a diffusers pipeline")
-        if configs[part].get("_class_name", kind.__name__) != kind.__name__:
-            raise UsageError(
-                f"--model {name}: its {part} is a {configs[part]['_class_name']}; a {kind.__name__} is served"
-            )
-    tokens = (configs["text_encoder"] or {}).get("max_position_embeddings", published.TOKENS)
-    return _Model(configs["unet"], configs["vae"], tokens)
+        if (found := config.get("_class_name", kind.__name__)) != kind.__name__:
+            raise UsageError(f"--model {name}: its {part} is a {found}; a {kind.__name__} is served")
+        configs[part] = config
+    text_encoder = _config(folder / "text_encoder" / "config.json") or {}
+    return _Model(**configs, tokens=text_encoder.get("max_position_embeddings", published.TOKENS))
 
 
 def _config(path: Path) -> dict[str, Any] | None:

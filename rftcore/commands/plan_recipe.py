@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from rftcore.errors import UsageError
 from rftcore.training import recipes
@@ -33,7 +33,7 @@ def options_of(recipe: str) -> dict[str, Any]:
     """
     config = load_config(_algorithm(recipe), recipe)
     model, resolution = _model(config.model.pretrained_model_name_or_path)
-    sampling, train = config.sampling, config.train
+    sampling, train = config.sampling, cast(Any, config.train)  # of the algorithm's own class
     kept = [name for name, given in config.reward.options.items() if given.get("checkpointing") is False]
     if kept:
         raise UsageError(

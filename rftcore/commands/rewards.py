@@ -27,13 +27,13 @@ def _paragraph(name: str, reward: Any) -> str:
         "licence": getattr(reward, "licence", None),
         "options": ", ".join(_options(reward)),
     }
-    first_line = inspect.getdoc(reward).partition("\n")[0]
+    first_line = (inspect.getdoc(reward) or "").partition("\n")[0]
     return "\n".join([f"{name}: {first_line}", *(_line(key, value) for key, value in facts.items() if value)])
 
 
 def _options(reward: Any) -> list[str]:
     """What `reward.options` may hold for it, with defaults."""
-    parameters = inspect.signature(reward).parameters.values()
+    parameters = list(inspect.signature(reward).parameters.values())
     if not inspect.isclass(reward):
         parameters = [each for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
     return [

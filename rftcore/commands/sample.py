@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -49,7 +49,7 @@ def sample(options: SampleOptions) -> Path:
         RunError: when the device's memory does not suffice.
     """
     options.validate()
-    folder = Path(options.output_dir)
+    folder = Path(cast(str, options.output_dir))  # validate() has seen to it
     _check_free(folder)
     loras = [files.parse(argument) for argument in options.lora or ()]
     columns = sample_grid.columns(options, loras)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rftcore.digits.prompts import label
+from rftcore.rewards.reward import declare
 
 WEIGHTS = Path(__file__).parent / "judges.safetensors"
 _SIDE = 32
@@ -84,7 +85,7 @@ def coarsen(ink: torch.Tensor) -> torch.Tensor:
     return F.adaptive_avg_pool2d(ink, _COARSE_SIDE).flatten(1)
 
 
-@lru_cache(maxsize=None)
+@cache
 @torch.inference_mode(False)
 def _judges(device: torch.device, dtype: torch.dtype) -> tuple[Reader, Kernel]:
     # Outside inference mode: who calls first must not decide what later calls can differentiate.
@@ -105,7 +106,7 @@ def _judges(device: torch.device, dtype: torch.dtype) -> tuple[Reader, Kernel]:
 def _checked(images: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Give the images in fp32, or fp64 where they are, and the digits (B,) that the prompts ask for."""
     if not isinstance(images, torch.Tensor) or not images.is_floating_point():
-        got = images.dtype if isinstance(images, torch.Tensor) else type(images).__name__
+        got = str(images.dtype) if isinstance(images, torch.Tensor) else type(images).__name__
         raise TypeError(f"images must be a floating-point tensor (B, 3, H, W) in [0, 1], got {got}")
     if images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
         raise ValueError(f"images must be (B, 3, H, W) with values in [0, 1], got shape {tuple(images.shape)}")
@@ -116,6 +117,7 @@ def _checked(images: torch.Tensor, prompts: Sequence[str]) -> tuple[torch.Tensor
     return images if images.dtype == torch.float64 else images.float(), digits
 
 
+@declare(differentiable=True, unit="nats", range=(-math.inf, 0.0))
 def reward(images: torch.Tensor, prompts: Sequence[str], metadata: Any = None) -> torch.Tensor:
     """Give the log-probability that each image shows the digit its prompt asks for; gradients reach the pixels.
 
@@ -131,6 +133,7 @@ def reward(images: torch.Tensor, prompts: Sequence[str], metadata: Any = None) -
     return log_probs.gather(1, digits[:, None]).squeeze(1)
 
 
+@declare(differentiable=False, unit="share", range=(0.0, 1.0))
 @torch.no_grad()
 def held_out(images: torch.Tensor, prompts: Sequence[str], metadata: Any = None) -> torch.Tensor:
     """Tell whether each image shows the digit its prompt asks for, by a judge that no training ever sees.
@@ -144,7 +147,3 @@ def held_out(images: torch.Tensor, prompts: Sequence[str], metadata: Any = None)
     with torch.autocast(images.device.type, enabled=False):
         scores = kernel(coarsen(ink_of(images)))  # (B, 10)
     return (scores.argmax(dim=1) == digits).to(images.dtype)
-
-
-reward.differentiable, reward.unit, reward.range = True, "nats", (-math.inf, 0.0)
-held_out.differentiable, held_out.unit, held_out.range = False, "share", (0.0, 1.0)

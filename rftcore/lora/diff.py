@@ -74,7 +74,7 @@ def _sums(name: str, first: Layer | None, second: Layer | None) -> tuple[float, 
             )
         norm_1, norm_2 = algebra.norm((1.0, first)), algebra.norm((1.0, second))
         return norm_1**2, norm_2**2, algebra.norm((-1.0, first), (1.0, second)) ** 2, algebra.inner(first, second)
-    norm = algebra.norm((1.0, first if first is not None else second)) ** 2
+    norm = sum(algebra.norm((1.0, layer)) ** 2 for layer in (first, second) if layer is not None)
     return (norm, 0.0, norm, 0.0) if first is not None else (0.0, norm, norm, 0.0)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rftcore.errors import UsageError
 from rftcore.lora import layouts
-from rftcore.lora.layers import COMPONENTS, Lora
+from rftcore.lora.layers import COMPONENTS, Layer, Lora
 
 # As diffusers and as PEFT call them.
 FILE, PEFT_FILE, CONFIG_FILE = "pytorch_lora_weights.safetensors", "adapter_model.safetensors", "adapter_config.json"
@@ -67,7 +67,9 @@ def read(path: Path) -> Lora:
         if path.name == PEFT_FILE and (path.parent / CONFIG_FILE).is_file():
             config = _read_config(path.parent / CONFIG_FILE)
         return _of_file(path, config)
-    layers, configs, metadata = {}, {}, {}
+    layers: dict[str, Layer] = {}
+    configs: dict[str, dict[str, Any]] = {}
+    metadata: dict[str, str] = {}
     for component, folder in _peft_folders(path).items():
         file = folder / PEFT_FILE
         if not file.is_file():

@@ -75,8 +75,8 @@ def _to_original(module: str) -> str:
     parts = module.split(".")
     unknown = ValueError(f"{module} is no layer of SDXL's UNet, so kohya has no name for it")
     if parts[0] == "mid_block" and len(parts) > 3:
-        place, inner = {"resnets": 2 * int(parts[2]), "attentions": 1}[parts[1]], parts[3:]
-        return ".".join(["middle_block", str(place), *_inner_to(parts[1], inner)])
+        place = {"resnets": 2 * int(parts[2]), "attentions": 1}[parts[1]]
+        return ".".join(["middle_block", str(place), *_inner_to(parts[1], parts[3:])])
     if parts[0] not in ("down_blocks", "up_blocks") or len(parts) < 5:
         raise unknown
     number, kind, layer, inner = int(parts[1]), parts[2], int(parts[3]), parts[4:]
@@ -85,9 +85,9 @@ def _to_original(module: str) -> str:
         return f"input_blocks.{first + _LAYERS}.0.op"
     if kind == "upsamplers":
         return f"output_blocks.{first + _LAYERS - 1}.2.conv"
-    place = str({"resnets": 0, "attentions": 1}[kind])
+    place = {"resnets": 0, "attentions": 1}[kind]
     side, index = ("input_blocks", 1 + first + layer) if parts[0] == "down_blocks" else ("output_blocks", first + layer)
-    return ".".join([side, str(index), place, *_inner_to(kind, inner)])
+    return ".".join([side, str(index), str(place), *_inner_to(kind, inner)])
 
 
 def _from_original(module: str) -> str:

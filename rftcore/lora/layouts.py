@@ -121,7 +121,7 @@ def to_kohya(lora: Lora, where: object) -> tuple[dict[str, Tensor], dict[str, st
 
     Raises: UsageError for a layer of which kohya has no name.
     """
-    xl, state = base(lora) == "sdxl", {}
+    xl, state = base(lora) == "sdxl", dict[str, Tensor]()
     for name, layer in lora.layers.items():
         component, module = split(name)
         try:
@@ -183,7 +183,7 @@ def _has_text_model() -> bool:
 
 
 def _tensors(layers: Mapping[str, Layer]) -> dict[str, Tensor]:
-    state = {}
+    state: dict[str, Tensor] = {}
     for name, layer in layers.items():
         state |= {f"{name}.lora_A.weight": layer.down, f"{name}.lora_B.weight": layer.up}
     return state
@@ -221,8 +221,8 @@ def _read_key(key: str, where: object, config: Mapping[str, Any] | None, compone
     name = name.removeprefix(_PEFT_PREFIX).removesuffix(".processor")
     found, module = split(name)
     if found not in COMPONENTS:
-        found, module = component or _component(name, config), name
-    if found is None:
+        found, module = component or _component(name, config) or "", name
+    if not found:
         raise UsageError(
             f"{where}: {key} belongs to no part of a Stable Diffusion pipeline; in diffusers' layout every key begins "
             f"with one of {', '.join(f'{known}.' for known in COMPONENTS)}"

@@ -108,7 +108,7 @@ def _add(model: nn.Module, adapter: str, layers: Mapping[str, Layer]) -> None:
         inject_adapter_in_model(config, model, adapter_name=adapter)
     # As diffusers and transformers mark a model that they have loaded an adapter into.
     if hasattr(model, "_hf_peft_config_loaded"):
-        model._hf_peft_config_loaded = True
+        model._hf_peft_config_loaded = True  # type: ignore[assignment]  # torch's stubs know tensors and modules alone
     for name, layer in layers.items():
         module = model.get_submodule(name)
         for parameter, value in (

@@ -92,7 +92,7 @@ def _check_same_base(loras: Sequence[tuple[str, Lora, float]]) -> None:
                     f"{name} is of another base model than {first}: {layer_name} changes a weight of "
                     f"{layer.weight_shape} there, and of {known.weight_shape} here"
                 )
-    kinds = {}
+    kinds: dict[str | None, tuple[str, Lora]] = {}
     for name, lora, _ in loras:
         kinds.setdefault(base(lora), (name, lora))
     kinds.pop(None, None)

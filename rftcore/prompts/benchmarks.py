@@ -45,8 +45,8 @@ def load(source: str) -> list[str]:
     name, _, rest = source.partition(":")
     path, category = Path(rest), None
     if not path.exists() and ":" in rest:
-        path, _, category = rest.rpartition(":")
-        path = Path(path)
+        file, _, category = rest.rpartition(":")
+        path = Path(file)
     groups = READERS[name](path)
     if category is None:
         return [prompt for prompts in groups.values() for prompt in prompts]

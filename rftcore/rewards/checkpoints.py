@@ -134,6 +134,7 @@ def tensors(path: str | Path, reward: str, option: str) -> dict[str, Tensor]:
     if path.suffix not in SAFETENSORS + PICKLED:
         kinds = ", ".join(SAFETENSORS + PICKLED)
         raise _error(reward, option, path, f"it is no file of tensors; those end in {kinds}")
+    found: Any
     try:
         if path.suffix in SAFETENSORS:
             found = load_file(path)

@@ -44,7 +44,8 @@ class Clip(nn.Module):
     @property
     def image_size(self) -> int:
         """Of the squares that `image_features` takes, in pixels."""
-        return getattr(self.model.config, "vision_config", self.model.config).image_size
+        config: Any = self.model.config
+        return getattr(config, "vision_config", config).image_size
 
     @property
     def logit_scale(self) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ class _HumanPreference(nn.Module):
         revision: str | None = None,
     ) -> None:
         super().__init__()
-        options = {"checkpointing": checkpointing, "dtype": dtype, "revision": revision}
+        options: dict[str, Any] = {"checkpointing": checkpointing, "dtype": dtype, "revision": revision}
         if (Path(model).expanduser() / "config.json").is_file():
             self.clip = load_clip(self.name, model, tokenizer=tokenizer, **options)
         else:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 POINTS = "reward points"
 
@@ -50,7 +50,7 @@ class Reward:
     def with_parts(self, images, prompts: Sequence[str], metadata: Sequence[dict] | None = None):
         """Rewards (B,), and by name those, each (B,), of what they are made of."""
         if self.parts:
-            return self.function.with_parts(images, prompts, metadata)
+            return cast(Any, self.function).with_parts(images, prompts, metadata)
         return self(images, prompts, metadata), {}
 
     def to(self, device) -> Reward:
@@ -60,7 +60,7 @@ class Reward:
         return self
 
 
-def check_prompts(images: Sequence, prompts: Sequence[str]) -> None:
+def check_prompts(images: Sized, prompts: Sequence[str]) -> None:
     """Raises RewardSpecError unless each image has a prompt: one prompt would be compared with every image, silently."""
     if isinstance(prompts, str) or len(prompts) != len(images):
         given = f"the text {prompts!r}" if isinstance(prompts, str) else f"{len(prompts)} prompts"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import inspect
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +153,8 @@ def _encoder(model: str, reward: str, option: str) -> nn.Module:
     kind = MODEL_MAPPING.get(type(config), None)
     # Published encoders often come without a pooler's weights, which nothing here asks for.
     pooled = kind is not None and "add_pooling_layer" in inspect.signature(kind.__init__).parameters
-    return checkpoints.load(AutoModel, reward, option, model, **({"add_pooling_layer": False} if pooled else {}))
+    options: dict[str, Any] = {"add_pooling_layer": False} if pooled else {}
+    return checkpoints.load(AutoModel, reward, option, model, **options)
 
 
 def _recall(candidate: _Text, reference: _Text) -> Tensor:

@@ -82,7 +82,9 @@ class VlmAlignment(nn.Module):
         self.question, self.reference = question, reference
         self.max_new_tokens, self.images_at_once = max_new_tokens, images_at_once
         if url is not None:
-            self.vlm = ChatServer(url, model, timeout_s=timeout_s, retries=retries, key_variable=key_variable)
+            self.vlm: ChatServer | Describer = ChatServer(
+                url, model, timeout_s=timeout_s, retries=retries, key_variable=key_variable
+            )
         else:
             self.vlm = Describer(MODEL if model is None else model, dtype, reward=NAME)
         self.similarity = TextSimilarity(similarity, similarity_layer, reward=NAME, option="similarity")

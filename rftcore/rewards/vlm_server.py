@@ -183,8 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"vlm_server: error: {error}", file=sys.stderr)
         return 2
     with server:
-        host, port = server.server_address[:2]
-        print(f"{options.model} is served at http://{host}:{port}/v1", flush=True)
+        print(f"{options.model} is served at http://{options.host}:{server.server_port}/v1", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:
