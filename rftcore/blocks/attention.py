@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor
 
@@ -50,7 +52,7 @@ def write(
     n: str,
     context: str,
     h: str,
-    names: tuple[str, str, str, str, str],
+    names: Sequence[str],
     place: str | None = None,
 ) -> str:
     """Attention of n (B, N, C) to `context` (B, M, D), n itself for self-attention, added to h. Raises: Unserved.

@@ -56,10 +56,10 @@ class Budget:
         Raises:
             ValueError: where the least that the model can keep is more than the budget.
         """
-        if self._model() is None:
+        if (model := self._model()) is None:
             return None
         if not self._scales:
-            self._scales = layers.scales(self._model())
+            self._scales = layers.scales(model)
         if name not in self._scales or x.dim() != 4:
             return None
         wants = tuple(p is not None and p.requires_grad for p in parameters)
@@ -70,8 +70,8 @@ class Budget:
         choice = self._choices.get(key, {}).get(name)
         if choice is None or choice[:2] != (program, wants):
             # Adapters have come or gone, or what is trained has changed.
-            self._scales = layers.scales(self._model())
-            planned = self._choose(*key)
+            self._scales = layers.scales(model)
+            planned = self._choose(model, *key)
             choice = planned.get(name)
             if choice is None or choice[:2] != (program, wants):
                 # It runs otherwise than its build says: remembered, not to be planned for on every call.
@@ -81,10 +81,10 @@ class Budget:
             self._choices[key] = {**planned, **odd, name: choice}
         return choice.drop
 
-    def _choose(self, batch, height, width, dtype, lower, given) -> dict[str, Choice]:
+    def _choose(self, model: nn.Module, batch, height, width, dtype, lower, given) -> dict[str, Choice]:
         # Not for the eyes of a mode that counts or changes what the model does.
         with _disable_current_modes():
-            found = list(costs.priced(self._model(), batch, height, width, dtype, lower, given=given))
+            found = list(costs.priced(model, batch, height, width, dtype, lower, given=given))
         excess = sum(cost.kept for _, cost in found) - self._bytes
         least = -excess
         drops: dict[str, set[str]] = {layer.name: set() for layer, _ in found}

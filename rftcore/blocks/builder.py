@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -31,7 +31,7 @@ class Builder:
     """
 
     def __init__(
-        self, inputs: Sequence[str], backends: dict[str, str], given: Mapping[str, Tensor] | None = None
+        self, inputs: Iterable[str], backends: dict[str, str], given: Mapping[str, Tensor] | None = None
     ) -> None:
         self._inputs = tuple(inputs)
         self._given = given
@@ -94,13 +94,13 @@ class Builder:
         own=False,
     ) -> str:
         """`how` is "add" or "scale_shift", for an embedding; `own`: the norm is the block."""
-        modules.expect(norm, nn.GroupNorm, own=own)
+        norm = modules.expect(norm, nn.GroupNorm, own=own)
         kind = kinds.GroupNorm(norm.num_groups, norm.eps, silu, how, self._backend("group_norm_silu"))
         inputs = [x] if embedding is None else [x, embedding]
         return self.step(kind, inputs, [name], modules.norm_parameters(norm), [f"{name}.mean", f"{name}.deviation"])
 
     def layer_norm(self, name: str, h: str, norm: nn.Module) -> str:
-        modules.expect(norm, nn.LayerNorm)
+        norm = modules.expect(norm, nn.LayerNorm)
         if len(norm.normalized_shape) != 1:
             raise modules.Unserved(f"a LayerNorm over {norm.normalized_shape}")
         parameters = modules.norm_parameters(norm)

@@ -29,7 +29,7 @@ def forward(
         refusal = str(reason)
     else:
         place.served()
-        skips = ()
+        skips: tuple[Tensor, ...] = ()
         for layer in zip(block.resnets, block.attentions, strict=True):
             hidden_states = stage.run_layer(
                 layer, hidden_states, None, temb, encoder_hidden_states,

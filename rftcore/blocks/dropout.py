@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -55,7 +55,8 @@ class DroppedAdapter(Kind):
         n, (a, b) = inputs[0], (t.to(lowered(t, lower)) for t in parameters)
         needs_n, needs_y, needs_a, needs_b = needs
         mask, g = self._drawn_again(state), grad.to(a.dtype)
-        dropped = None if n is None else (n.to(parameters[0].dtype) * mask).to(a.dtype)
+        # None where no gradient is wanted that reads it.
+        dropped: Any = None if n is None else (n.to(parameters[0].dtype) * mask).to(a.dtype)
         grad_n = grad_a = grad_b = None
         if self.geometry is None:
             below = (g @ b) * self.scale  # (..., r)
@@ -82,7 +83,8 @@ class DroppedAdapter(Kind):
 
     def _geometries(self) -> tuple[Geometry, Geometry]:
         """Of the convolutions by a and by b."""
-        return Geometry(self.geometry.stride, self.geometry.padding), Geometry(groups=self.geometry.groups)
+        whole = cast(Geometry, self.geometry)
+        return Geometry(whole.stride, whole.padding), Geometry(groups=whole.groups)
 
     def _shrink(self, n: Tensor, a: Tensor) -> Tensor:
         return F.linear(n, a) if self.geometry is None else F.conv2d(n, a, None, *self._geometries()[0])

@@ -38,7 +38,7 @@ def forward_norm(norm: nn.GroupNorm, place: Place, x: Tensor):
         refusal = str(reason)
     else:
         y = place.run(b, [x])
-        y.rftcore_normalised = norm, x, _version(y)
+        y.rftcore_normalised = norm, x, _version(y)  # type: ignore[attr-defined]  # read where it arrives, by _origin
         return y
     return place.stock(norm, refusal, x)
 
@@ -53,13 +53,13 @@ def forward_silu(activation: nn.SiLU, place: Place, y: Tensor):
         modules.check_own(activation, nn.SiLU)
         check_call(y)
         norm, x = _origin(activation, y)
-        if norm is not None:
+        if norm is not None and x is not None:
             _write(b, norm, x, silu=True)
     except Unserved as reason:
         refusal = str(reason)
     else:
         place.served()
-        return place.run(b, [x]) if norm is not None else nn.SiLU.forward(activation, y)
+        return nn.SiLU.forward(activation, y) if x is None else place.run(b, [x])
     return place.stock(activation, refusal, y)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from rftcore.blocks import kinds
 from rftcore.blocks.program import Program, Step, plan, read_by_backward
@@ -65,7 +65,7 @@ def _groups(program: Program, needs: tuple[bool, ...], drop: frozenset[str]) -> 
         # A gate's output that a backward reads costs no matrix product where it is made again from what the gate reads.
         gated = (
             leads(linear, kinds.Linear, kinds.GEGLU)
-            and not steps[linear].kind.residual
+            and not cast(kinds.Linear, steps[linear].kind).residual
             and steps[linear + 1].outputs[0] not in read
         )
         # Where the gate's output is wanted again, what it reads is made on the way there, and once is enough.
@@ -78,9 +78,10 @@ def _groups(program: Program, needs: tuple[bool, ...], drop: frozenset[str]) -> 
 def _joined(group: _Group, steps: list[Step]) -> Step:
     if group.size == 1:
         return steps[0]
-    eps = steps[0].kind.eps if group.normed else None
+    # `_groups` has seen to their classes.
+    eps = cast(kinds.LayerNorm, steps[0].kind).eps if group.normed else None
     linear = steps[1 if group.normed else 0]
-    kind = linear.kind
+    kind = cast(kinds.Linear, linear.kind)
     inputs, parameters = linear.inputs, linear.parameters
     if group.normed:
         # A builder adds a norm's parameters right before the projection's.
@@ -92,6 +93,8 @@ def _joined(group: _Group, steps: list[Step]) -> Step:
         )  # fmt: skip
     gate = steps[-1]
     return Step(
-        kinds.GatedLinear(kind.adapters[0], kind.scales[0], eps, group.keeps, gate.kind.joint_backend),
+        kinds.GatedLinear(
+            kind.adapters[0], kind.scales[0], eps, group.keeps, cast(kinds.GEGLU, gate.kind).joint_backend
+        ),
         inputs, (*gate.outputs, *linear.outputs) if group.keeps else gate.outputs, (), parameters,
     )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -99,9 +100,9 @@ def accelerate(
         if "forward" not in block.__dict__:
             block.forward = Served(forward, block, Place(serving, name))
     for name in embedding.EMBEDDINGS:
-        block = getattr(model, name, None)
-        if type(block) is TimestepEmbedding and "forward" not in block.__dict__:
-            block.forward = Served(embedding.forward, block, Place(serving, name))
+        embedder: Any = getattr(model, name, None)
+        if type(embedder) is TimestepEmbedding and "forward" not in embedder.__dict__:
+            embedder.forward = Served(embedding.forward, embedder, Place(serving, name))
     return module
 
 
@@ -115,7 +116,7 @@ def restore(module: nn.Module) -> nn.Module:
             del block.forward
         # What a hook of the library accelerate has put aside, and calls.
         if isinstance(block.__dict__.get("_old_forward"), Served):
-            block._old_forward = functools.partial(type(block).forward, block)
+            block.__dict__["_old_forward"] = functools.partial(type(block).forward, block)
     return module
 
 

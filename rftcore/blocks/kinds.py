@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -47,14 +47,14 @@ class GroupNorm(Kind):
     def unread(self):
         return () if self.silu else (1,)
 
-    def _arguments(self, inputs, parameters):
-        x, *embedding = inputs
+    def _arguments(self, inputs, parameters) -> tuple[Any, Any, Any, Any, Any, Any, int]:
+        (x, *embedding), (weight, bias) = inputs, parameters
         add = scale = shift = None
         if self.embedding == "add":
             (add,) = embedding
         elif self.embedding == "scale_shift":
             scale, shift = embedding[0].chunk(2, dim=1)
-        return x, *parameters, add, scale, shift, self.num_groups
+        return x, weight, bias, add, scale, shift, self.num_groups
 
     def forward(self, inputs, parameters, lower, state=None):
         arguments = self._arguments(inputs, parameters)
@@ -67,8 +67,9 @@ class GroupNorm(Kind):
         needs_x, *needs_embedding, needs_weight, needs_bias = needs
         of_add = self.embedding == "add" and needs_embedding[0]
         of_scale = self.embedding == "scale_shift" and needs_embedding[0]
+        mean, deviation = statistics
         x, weight, bias, add, scale, shift = group_norm_silu_backward(
-            grads[0], *arguments, self.eps, self.silu, *statistics, state,
+            grads[0], *arguments, self.eps, self.silu, mean, deviation, state,
             (needs_x, needs_weight, needs_bias, of_add, of_scale, of_scale),
         )  # fmt: skip
         embedding = [torch.cat([scale, shift], dim=1) if of_scale else add] if self.embedding else []
@@ -89,12 +90,16 @@ class LayerNorm(Kind):
         return (1,)
 
     def forward(self, inputs, parameters, lower, state=None):
-        n, *statistics = normalise(inputs[0], Norm(*parameters, self.eps), lower)
+        n, *statistics = normalise(inputs[0], self._norm(parameters), lower)
         return (n,), statistics, None
 
     def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower):
-        norm = Norm(*parameters, self.eps)
-        return list(normalise_backward(grads[0], inputs[0], norm, *statistics, list(needs), lower))
+        (mean, deviation), norm = statistics, self._norm(parameters)
+        return list(normalise_backward(grads[0], inputs[0], norm, mean, deviation, list(needs), lower))
+
+    def _norm(self, parameters) -> Norm:
+        weight, bias = parameters
+        return Norm(weight, bias, self.eps)
 
 
 @dataclass(frozen=True)

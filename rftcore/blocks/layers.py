@@ -19,7 +19,7 @@ from rftcore.blocks import attention, modules, once, resampling, stage, transfor
 from rftcore.blocks.builder import Builder
 from rftcore.blocks.modules import Unserved
 from rftcore.blocks.program import Program
-from rftcore.blocks.served import served
+from rftcore.blocks.served import place_of, served
 from rftcore.blocks.serving import servings
 
 # How many text tokens a layer is taken to attend to: a ResNet's share of a budget cannot depend on the real number.
@@ -98,8 +98,8 @@ def scales(model: nn.Module) -> dict[str, int]:
     while sites:
         site = sites.pop()
         sites += site.parts
-        if served(site.owner) is not None:
-            found[served(site.owner).place.name] = site.scale
+        if (place := place_of(site.owner)) is not None:
+            found[place.name] = site.scale
     return found
 
 
@@ -201,7 +201,7 @@ def _layer(site: _Site, batch: int, height: int, width: int, dtype: torch.dtype,
         None if p is None else torch.empty(p.shape, dtype=p.dtype, device="meta", requires_grad=p.requires_grad)
         for p in b.parameters
     )
-    name = served(site.owner).place.name
+    name = place_of(site.owner).name
     return Layer(name, b.program, tuple(inputs.values()), parameters, frozenset(shared))
 
 

@@ -10,7 +10,7 @@ from rftcore.blocks.program import Program
 _QUERIES = frozenset({"q", "k", "v", "q2", "k2", "v2"})
 
 # What each level makes again that takes a matrix product or a convolution.
-LEVELS = {
+LEVELS: dict[str, frozenset[str] | None] = {
     "none": frozenset(),
     "ff": frozenset({"u"}),
     "qkv": frozenset({"u"}) | _QUERIES,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.activations import GEGLU
@@ -76,7 +76,7 @@ def check_hooks(module: nn.Module, own: bool = False) -> None:
     _check_class(type(module))
 
 
-def _check_class(kind: type) -> None:
+def _check_class(kind: type[nn.Module]) -> None:
     if kind.forward is not _FORWARDS.get(kind):
         raise Unserved(f"{kind.__name__}.forward was replaced")
 
@@ -92,18 +92,18 @@ def base_of(layer: nn.Module) -> nn.Module:
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
-def expect(module: nn.Module | None, *kinds: type, own: bool = False) -> nn.Module:
+def expect(module: nn.Module | None, *kinds: type, own: bool = False) -> Any:
     """The module, which must be exactly of one of these classes and unhooked; `own` as in `check_hooks`.
 
     Raises: Unserved.
     """
-    if type(module) not in kinds:
+    if module is None or type(module) not in kinds:
         raise Unserved(f"{_kind(module)} in place of {' or '.join(kind.__name__ for kind in kinds)}")
     check_hooks(module, own)
     return module
 
 
-def norm_parameters(norm: nn.GroupNorm | nn.LayerNorm) -> tuple[Tensor | None, Tensor | None]:
+def norm_parameters(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """Weight and bias of a norm. Raises: Unserved."""
     return _tensor(norm, "weight"), _tensor(norm, "bias")
 
@@ -145,7 +145,8 @@ def _kind(module) -> str:
     return type(module).__name__
 
 
-def _tensor(module: nn.Module, name: str) -> Tensor | None:
+def _tensor(module: nn.Module, name: str) -> Any:
+    """The tensor; None for a bias or a norm's weight that the module does without."""
     # None is not in place of an attribute that holds something else.
     tensor = module._parameters.get(name)
     if tensor is None:

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from rftcore.blocks import modules, resnet, transformer
 from rftcore.blocks.embedding import EMBEDDINGS
 from rftcore.blocks.modules import Unserved
-from rftcore.blocks.served import served
+from rftcore.blocks.served import place_of, served
 from rftcore.blocks.serving import servings, setting
 
 # Which hand text and time embedding on as they got them, by the forwards that they have when this is imported.
@@ -215,9 +215,9 @@ def _text(model: nn.Module, encoder_hidden_states: Tensor) -> dict[str, Tensor]:
     found = {}
     for name, block in _cross_attentions(model):
         for layer in ("to_k", "to_v"):
-            b = served(block).place.builder("encoder_hidden_states")
+            b = place_of(block).builder("encoder_hidden_states")
             b.linear([layer], "encoder_hidden_states", [getattr(block.attn2, layer)])
-            found[f"{name}.attn2.{layer}"] = served(block).place.evaluate(b, [encoder_hidden_states])
+            found[f"{name}.attn2.{layer}"] = place_of(block).evaluate(b, [encoder_hidden_states])
     return found
 
 
@@ -234,9 +234,9 @@ def _time(model: nn.Module, embedding: Tensor) -> dict[str, Tensor]:
     """The projections of an embedding (T, rows, D)."""
     found, flat = {}, embedding.flatten(0, 1)
     for name, block in _resnets(model):
-        b = served(block).place.builder("temb")
+        b = place_of(block).builder("temb")
         resnet.write_projection(b, block)
-        projected = served(block).place.evaluate(b, [flat])
+        projected = place_of(block).evaluate(b, [flat])
         found[f"{name}.time_emb_proj"] = projected.unflatten(0, embedding.shape[:2])
     return found
 
@@ -246,7 +246,7 @@ def _cross_attentions(model: nn.Module) -> Iterator[tuple[str, BasicTransformerB
     for name, block in _reached(model):
         if isinstance(block, BasicTransformerBlock) and type(block.attn2) is Attention:
             try:
-                transformer.write_block(served(block).place.builder("0.h", "encoder_hidden_states"), block, 0, True)
+                transformer.write_block(place_of(block).builder("0.h", "encoder_hidden_states"), block, 0, True)
                 _steady(block.attn2.to_k)
                 _steady(block.attn2.to_v)
             except Unserved:

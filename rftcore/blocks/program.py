@@ -11,7 +11,7 @@ import collections
 import contextlib
 import functools
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class Kind:
         cheap: whether its outputs are made again rather than kept: it is no matrix product and no convolution.
     """
 
-    cheap: bool
+    cheap: ClassVar[bool]
 
     def reads(self, needs: Sequence[bool]) -> tuple[Sequence[int], Sequence[int], bool]:
         """Which inputs, which outputs, and whether the statistics are read by the backward.
@@ -34,6 +34,7 @@ class Kind:
         Args:
             needs: which inputs and parameters, in this order, want a gradient.
         """
+        raise NotImplementedError
 
     def unread(self) -> Sequence[int]:
         """Positions of parameters of which the backward reads no more than the dtype."""
@@ -41,12 +42,14 @@ class Kind:
 
     def forward(self, inputs, parameters, lower, state=None) -> tuple[Sequence[Tensor], Sequence[Tensor], Any]:
         """Outputs, statistics, and a small state for the backward; given that state, the same once more."""
+        raise NotImplementedError
 
     def backward(self, grads, inputs, outputs, statistics, parameters, state, needs, lower) -> Sequence[Tensor | None]:
         """Gradients of inputs and parameters, None where not needed. What `reads` does not name is None here.
 
         `grads` have the outputs' dtypes; gradients of inputs are cast to theirs by the caller.
         """
+        raise NotImplementedError
 
 
 class Step(NamedTuple):
@@ -198,7 +201,9 @@ def execute(
 ) -> tuple[dict[str, Tensor], dict[str, torch.dtype], list]:
     """The values that `released` leaves, and the dtypes of all, by name; and the steps' states. No autograd."""
     count = len(program.inputs)
-    values, parameters = dict(zip(program.inputs, tensors[:count], strict=True)), tensors[count:]
+    # None are parameters alone.
+    inputs, parameters = cast(Sequence[Tensor], tensors[:count]), tensors[count:]
+    values = dict(zip(program.inputs, inputs, strict=True))
     dtypes = {name: tensor.dtype for name, tensor in values.items()}
     states = []
     for (kind, ins, outs, stats, places), names in zip(program.steps, released, strict=True):
@@ -253,8 +258,9 @@ class _ProgramBackward(torch.autograd.Function):
 
 
 def _backward(options, grad, saved) -> tuple[Tensor | None, ...]:
+    program, chosen, dtypes, states, lower = options
     with autocast.disabled(grad.device):
-        return tuple(_differentiate(*options, grad, saved))
+        return tuple(_differentiate(program, chosen, dtypes, states, lower, grad, saved))
 
 
 class _Values:
@@ -262,7 +268,7 @@ class _Values:
 
     def __init__(self, program: Program, chosen: Plan, states: Sequence, lower, saved: Sequence[Tensor | None]) -> None:
         count = len(chosen.kept)
-        self._values = dict(zip(chosen.kept, saved[:count], strict=True))
+        self._values = dict(zip(chosen.kept, cast(Sequence[Tensor], saved[:count]), strict=True))
         self.parameters = saved[count:]
         self._steps, self._states, self._lower = program.steps, states, lower
         self._remembered = chosen.remembered

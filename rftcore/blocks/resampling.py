@@ -25,12 +25,20 @@ def forward_down(block: Downsample2D, place: Place, hidden_states: Tensor, *args
     return place.stock(block, refusal, hidden_states, *args, **kwargs)
 
 
-def forward_up(block: Upsample2D, place: Place, hidden_states: Tensor, output_size: int | None = None, *args, **kwargs):
+def forward_up(
+    block: Upsample2D,
+    place: Place,
+    hidden_states: Tensor,
+    output_size: int | tuple[int, int] | None = None,
+    *args,
+    **kwargs,
+):
     """In place of Upsample2D.forward."""
     b = place.builder("hidden_states")
+    size = (output_size, output_size) if isinstance(output_size, int) else output_size
     try:
         _check(block, Upsample2D, hidden_states, args, kwargs)
-        write_up(b, block, None if output_size is None else tuple(output_size))
+        write_up(b, block, None if size is None else (size[0], size[1]))
     except Unserved as reason:
         refusal = str(reason)
     else:

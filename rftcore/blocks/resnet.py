@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rftcore.blocks import kinds, modules
 from rftcore.blocks.builder import Builder
 from rftcore.blocks.modules import Unserved
-from rftcore.blocks.served import served
+from rftcore.blocks.served import place_of
 from rftcore.blocks.serving import Place, check_call
 
 
@@ -65,7 +65,8 @@ def _embedding(b: Builder, block: ResnetBlock2D, x: str, embedded: bool) -> tupl
         return None, None
     if block.time_emb_proj is None or not embedded:
         raise Unserved("a time embedding without a projection, or a projection without one")
-    if served(block) and b.take({f"{served(block).place.name}.time_emb_proj": "embedding"}):
+    place = place_of(block)
+    if place is not None and b.take({f"{place.name}.time_emb_proj": "embedding"}):
         return b.step(kinds.Rows(), ["embedding", x], ["embeddings"]), how
     return write_projection(b, block), how
 

@@ -6,7 +6,7 @@ import copy
 import inspect
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -40,7 +40,8 @@ class Served:
         return self.function(block, self.place, *args, **kwargs)
 
     def __deepcopy__(self, memo):
-        return Served(self.function, copy.deepcopy(self._block(), memo), copy.deepcopy(self.place, memo))
+        block = cast(nn.Module, self._block())  # it is being copied, and so is there
+        return Served(self.function, copy.deepcopy(block, memo), copy.deepcopy(self.place, memo))
 
     def __reduce__(self):
         return Served, (self.function, self._block(), self.place)
@@ -49,6 +50,11 @@ class Served:
     def __signature__(self) -> inspect.Signature:
         whole = inspect.signature(self.function)
         return whole.replace(parameters=list(whole.parameters.values())[2:])
+
+
+def place_of(module: nn.Module) -> Any:
+    """What the module's forward knows of the block besides, if it is ours; else None."""
+    return getattr(served(module), "place", None)
 
 
 def served(module: nn.Module) -> Served | None:

@@ -123,7 +123,9 @@ class Place:
         if recompute != "auto":
             return levels.drop(program, recompute)
         lower = autocast.active(inputs[0].device)
-        chosen = budget and budget.drop(self.name, program, parameters, inputs[0], lower, bool(self.serving.given))
+        chosen = None
+        if budget is not None:
+            chosen = budget.drop(self.name, program, parameters, inputs[0], lower, bool(self.serving.given))
         # A block that the budget does not know of keeps the least there is.
         return levels.drop(program, "block") if chosen is None else chosen
 

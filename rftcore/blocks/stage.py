@@ -13,7 +13,7 @@ from torch import Tensor
 from rftcore.blocks import modules, resnet, transformer
 from rftcore.blocks.builder import Builder
 from rftcore.blocks.modules import Unserved
-from rftcore.blocks.served import served
+from rftcore.blocks.served import place_of, served
 from rftcore.blocks.serving import Place, check_call
 
 # A ResNet and the transformer after it, or None.
@@ -92,14 +92,14 @@ def run_layer(
     """
     inner, attention = layer
     skips = () if skip is None else (skip,)
-    place = getattr(served(attention or inner), "place", None)
+    place = place_of(attention or inner)
     try:
         check_arguments(**arguments)
         prepared = prepare(place, [layer], hidden_states, skips, temb, encoder_hidden_states)
     except Unserved:
         pass
     else:
-        served(inner).place.served()
+        place_of(inner).served()
         return place.run(*prepared)
     if attention is None:
         return inner(torch.cat((hidden_states, *skips), dim=1) if skips else hidden_states, temb)

@@ -11,7 +11,7 @@ from torch import Tensor, is_grad_enabled, nn
 from rftcore.blocks import attention, kinds, modules
 from rftcore.blocks.builder import Builder
 from rftcore.blocks.modules import Unserved
-from rftcore.blocks.served import served
+from rftcore.blocks.served import place_of, served
 from rftcore.blocks.serving import Place, check_call
 
 
@@ -121,7 +121,7 @@ def write_block(b: Builder, block: BasicTransformerBlock, i: int, conditioned: b
     if block.attn2 is not None:
         n = b.layer_norm(name("n2"), h, block.norm2)
         names = tuple(map(name, ("q2", "k2", "v2", "o2", "h2")))
-        place = f"{served(block).place.name}.attn2" if served(block) else None
+        place = f"{place_of(block).name}.attn2" if served(block) else None
         h = attention.write(b, block.attn2, n, "encoder_hidden_states", h, names, place)
     up, down = _feed_forward(block.ff)
     n = b.layer_norm(name("n3"), h, block.norm3)

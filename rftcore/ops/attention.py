@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -234,7 +234,7 @@ def _is_on(kernel: str) -> bool:
 
 
 # torch.compile reads it while it traces: torch.compiler.assume_constant_result, without the import of dynamo.
-_is_on._dynamo_marked_constant = True
+_is_on._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions take attributes
 
 
 def _fused_reasons(kernel: str, devices: tuple[str, ...], can_use: Callable[..., bool]) -> Callable:
@@ -300,7 +300,7 @@ def check(q: Tensor, k: Tensor, v: Tensor) -> None:
     compiled.check_tensor("attention", "q", q)
     if q.dim() != 4:
         raise ValueError(f"attention: q is {tuple(q.shape)}; it must be (B, heads, N, d).")
-    keys = k.shape[2] if k.dim() == 4 else "M"
+    keys: Any = k.shape[2] if k.dim() == 4 else "M"
     for name, tensor in (("k", k), ("v", v)):
         compiled.check_like("attention", name, tensor, (*q.shape[:2], keys, q.shape[3]), q.device, "q")
         if tensor.dtype != q.dtype:

@@ -26,7 +26,7 @@ class Op:
 
     name: str
     not_supported_reasons: dict[str, Callable[..., list[str]]]
-    example: Callable[[str, torch.dtype], tuple] = field(repr=False)
+    example: Callable[[torch.device | str, torch.dtype], tuple] = field(repr=False)
     key: Callable[..., str] | None = field(default=None, repr=False)
     heuristic: Callable[..., str | None] | None = field(default=None, repr=False)
 

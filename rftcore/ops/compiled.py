@@ -117,7 +117,7 @@ def _why_not_on(device: torch.device) -> str | None:
 
 
 # torch.compile reads it while it traces: torch.compiler.assume_constant_result, without the import of dynamo.
-_why_not_on._dynamo_marked_constant = True
+_why_not_on._dynamo_marked_constant = True  # type: ignore[attr-defined]  # functions take attributes
 
 
 @cache

@@ -112,4 +112,5 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
 def backward(grad_o, q, k, v, o, lse, scale, needs) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of q, k and v; None where not needed."""
     grads = _backward(grad_o, q, k, v, o, lse, float(scale), list(needs))
-    return tuple(grad if need else None for grad, need in zip(grads, needs, strict=True))
+    of_q, of_k, of_v = (grad if need else None for grad, need in zip(grads, needs, strict=True))
+    return of_q, of_k, of_v

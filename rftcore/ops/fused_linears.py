@@ -63,7 +63,7 @@ class _Prologue(NamedTuple):
 class _Call(NamedTuple):
     """Inputs as the kernels take them: x (M, K), everything contiguous, adapters in the dtype they compute in."""
 
-    x: Tensor | None
+    x: Any  # a tensor; None in a backward that does not read it
     projections: list[Projection]
     norm: Norm | None
     winner: Winner | None
@@ -96,7 +96,9 @@ def _prepared(op: str, x, projections, norm, lower) -> _Call:
         )
         for p in projections
     ]
-    norm = None if norm is None else Norm(*(t if t is None else t.contiguous() for t in norm[:2]), norm.eps)
+    if norm is not None:
+        weight, bias = (t if t is None else t.contiguous() for t in norm[:2])
+        norm = Norm(weight, bias, norm.eps)
     return _Call(x, own, norm, winner)
 
 
@@ -106,18 +108,19 @@ def _prologue(call: _Call, with_h: bool) -> tuple[_Prologue, list]:
     with_h = with_h and bool(call.adapters)
     if call.norm is None and not with_h:
         return _Prologue(), []
-    statistics = (None, None)
+    mean = inverse_deviation = None
     if call.norm is not None:
-        statistics = tuple(x.new_empty(len(x), dtype=torch.float32) for _ in range(2))
+        mean, inverse_deviation = (x.new_empty(len(x), dtype=torch.float32) for _ in range(2))
     h = (
         x.new_empty(kernels.low_rank_shape(len(x), call.projections), dtype=call.adapters[0].a.dtype)
         if with_h
         else None
     )
     launch = kernels.shrink(
-        x, call.projections if with_h else (), call.norm, *statistics, h, config=call.config("lora_linear.ShrinkConfig")
-    )
-    return _Prologue(*statistics, h), [launch]
+        x, call.projections if with_h else (), call.norm, mean, inverse_deviation, h,
+        config=call.config("lora_linear.ShrinkConfig"),
+    )  # fmt: skip
+    return _Prologue(mean, inverse_deviation, h), [launch]
 
 
 def _run_linears(x, residual, tensors, adapters, scales, eps, lower) -> list[Tensor]:
@@ -312,8 +315,8 @@ def gated_backward(grad_y: Tensor, x, u, projection: Projection, norm: Norm | No
 
 def _all(found: Sequence[Tensor], needs: Sequence[bool]) -> list[Tensor | None]:
     """With None where a gradient is not needed."""
-    found = iter(found)
-    return [next(found) if need else None for need in needs]
+    given = iter(found)
+    return [next(given) if need else None for need in needs]
 
 
 def key(x: Tensor, projections: Sequence[Projection], lower=None, norm: Norm | None = None) -> str:

@@ -147,7 +147,7 @@ def _parts(options, tensors):
     return None if eps is None else Norm(weight, bias, eps), restore(others, [scales])[0], lower, backend
 
 
-def _example(device: str, dtype: torch.dtype) -> tuple:
+def _example(device: torch.device | str, dtype: torch.dtype) -> tuple:
     return torch.empty(2, 4096, 320, device=device, dtype=dtype), Projection(
         torch.empty(2560, 320, device=device, dtype=dtype)
     )

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -100,7 +101,7 @@ def group_norm_silu_backward(
     tensors = (x, weight, bias, channel_bias, scale, shift)
     compiled.check_gradient("group_norm_silu", grad_y, x)
     if backend in _CHAINS:
-        chain = _CHAINS[backend]
+        chain: Callable[..., Tensor] = _CHAINS[backend]
         grad_x, *others = compiled.differentiate(lambda *t: chain(*t, num_groups, eps, silu), tensors, needs, grad_y)
         return [None if grad_x is None else _dense(grad_x, _is_channels_last(x)), *others]
     grads = _backward(grad_y, *tensors, mean, inverse_deviation, num_groups, silu, list(needs[1:]))
@@ -119,7 +120,8 @@ def _by_torch(x, weight, bias, channel_bias, scale, shift, num_groups, eps, silu
         y = x.to(dtype)
         if channel_bias is not None:
             y = y + per_channel(channel_bias)
-        y = torch.group_norm(y, num_groups, *(None if t is None else t.to(dtype) for t in (weight, bias)), eps)
+        weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
+        y = torch.group_norm(y, num_groups, weight, bias, eps)
         if scale is not None:
             y = y * (1 + per_channel(scale)) + per_channel(shift)
         if silu:
@@ -203,12 +205,12 @@ def _problem(x, num_groups, silu, *vectors):
     """The arguments that both compiled functions start with, and the tensors they point into."""
     channels_last = _is_channels_last(x)
     x = _dense(x, channels_last)
-    vectors = [None if v is None else v.contiguous() for v in vectors]
+    held = [None if v is None else v.contiguous() for v in vectors]
     arguments = (
         compiled.DTYPES[x.dtype], *x.shape[:2], num_groups, math.prod(x.shape[2:]), channels_last, silu,
-        x.data_ptr(), *map(compiled.vector, vectors),
+        x.data_ptr(), *map(compiled.vector, held),
     )  # fmt: skip
-    return arguments, (x, vectors)
+    return arguments, (x, held)
 
 
 # Codes shared with csrc/common.

@@ -1,6 +1,7 @@
 """A 2-d convolution with LoRA adapters: saves its input, and only because the adapters' gradients are made of it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ def lora_conv2d(
     if OP.choose(backend, x) == "reference":
         return lora_conv2d_reference(x, weight, bias, adapters, geometry)
     lower = autocast.active(x.device)
-    tensors = flatten([Projection(weight, bias, adapters)])
+    tensors = flatten([Projection(weight, bias, tuple(adapters))])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)):
         scales = tuple(adapter.scale for adapter in adapters)
         return _LoraConv2d.apply((scales, geometry, lower), x, *tensors)
@@ -71,8 +72,8 @@ def convolve(
     if lower is None:
         y = F.conv2d(x, weight, bias, *geometry)
     else:
-        base = (t if t is None else t.to(autocast.lowered(t, lower)) for t in (x, weight, bias))
-        y = F.conv2d(*base, *geometry)
+        low_x, low_weight = (t.to(autocast.lowered(t, lower)) for t in (x, weight))
+        y = F.conv2d(low_x, low_weight, bias if bias is None else bias.to(autocast.lowered(bias, lower)), *geometry)
     for a, b, scale in adapters:
         h = _shrink(x, a.to(autocast.lowered(a, lower)), geometry)
         y.add_(F.conv2d(h, b.to(h.dtype), groups=geometry.groups), alpha=scale)
@@ -86,7 +87,7 @@ def _shrink(x, a, geometry):
 
 def convolve_backward(
     grad_y: Tensor,
-    x: Tensor | None,
+    x: Any,
     projection: Projection,
     needs_x: bool,
     needs: Projection,
@@ -110,20 +111,21 @@ def convolve_backward(
         dtype = autocast.lowered(a, lower)
         grad = grad_y.to(dtype)
         below = conv2d_grad_x(grad, b, pointwise, grad.shape[2:], memory_format).mul_(scale)  # (N, r, H', W')
-        if needs_x:
+        if grad_x is not None:
             grad_x.add_(conv2d_grad_x(below, a, narrow, size, memory_format))
-        grad_a = grad_b = None
+        grad_a: Any = None
+        grad_b: Any = None
         if need.a:
             grad_a = conv2d_weight(x.to(dtype), a.shape, below, *narrow).to(a.dtype)
         if need.b:
             h = _shrink(x, a.to(dtype), geometry)
             grad_b = conv2d_weight(h, b.shape, grad, *pointwise).mul_(scale).to(b.dtype)
         found.append(Adapter(grad_a, grad_b, scale))
-    return grad_x, Projection(
-        conv2d_weight(x.to(grad_y.dtype), weight.shape, grad_y, *geometry).to(weight.dtype) if needs.weight else None,
-        grad_y.sum((0, 2, 3)).to(bias.dtype) if needs.bias else None,
-        tuple(found),
-    )
+    of_weight: Any = None
+    if needs.weight:
+        of_weight = conv2d_weight(x.to(grad_y.dtype), weight.shape, grad_y, *geometry).to(weight.dtype)
+    of_bias = grad_y.sum((0, 2, 3)).to(bias.dtype) if bias is not None and needs.bias else None
+    return grad_x, Projection(of_weight, of_bias, tuple(found))
 
 
 class _LoraConv2d(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ def lora_linears_forward(
 @torch.no_grad()
 def lora_linears_backward(
     grads: Sequence[Tensor],
-    x: Tensor | None,
+    x: Any,
     projections: Sequence[Projection],
     norm: Norm | None,
     lower: torch.dtype | None,
@@ -114,8 +114,8 @@ def lora_linears_backward(
     n, mean, inverse_deviation = normalise(x, norm, lower)
     needs_n = needs_x or any(needs_norm)
     grad_n, found = project_backward(n, projections, grads, needs_n, needs_projections, lower, backend=backend)
-    below = [None] * 3
-    if needs_n:
+    below: tuple[Tensor | None, ...] = (None,) * 3
+    if grad_n is not None:
         below = normalise_backward(grad_n.view(n.shape), x, norm, mean, inverse_deviation, list(needs[:3]), lower)
     return [*below, *flatten(found)]
 
@@ -125,7 +125,7 @@ def normalise(x: Tensor, norm: Norm, lower: torch.dtype | None) -> tuple[Tensor,
     weight, bias, eps = norm
     dtype = _norm_dtype(x, lower)
     if dtype != x.dtype:
-        x, weight, bias = (t if t is None else t.to(dtype) for t in (x, weight, bias))
+        x, (weight, bias) = x.to(dtype), (t if t is None else t.to(dtype) for t in (weight, bias))
     return torch.native_layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
@@ -135,13 +135,16 @@ def normalise_backward(
     """Gradients of x and the norm's weight and bias, None where not needed."""
     weight, bias, _ = norm
     dtype = _norm_dtype(x, lower)
-    arguments = (x, weight, bias)
+    arguments: tuple[Any, ...] = (x, weight, bias)
     if dtype != x.dtype:
-        x, weight, bias = (t if t is None else t.to(dtype) for t in arguments)
+        x, (weight, bias) = x.to(dtype), (t if t is None else t.to(dtype) for t in (weight, bias))
     grads = torch.ops.aten.native_layer_norm_backward(
         grad.to(x.dtype), x, x.shape[-1:], mean, inverse_deviation, weight, bias, needs
     )
-    return tuple(g.to(t.dtype) if needed else None for g, t, needed in zip(grads, arguments, needs, strict=True))
+    of_x, of_weight, of_bias = (
+        g.to(t.dtype) if needed else None for g, t, needed in zip(grads, arguments, needs, strict=True)
+    )
+    return of_x, of_weight, of_bias
 
 
 def project(
@@ -196,7 +199,7 @@ def _add_adapters(rows, n, projections, lower) -> None:
 
 
 def project_backward(
-    n: Tensor | None,
+    n: Any,
     projections: Sequence[Projection],
     grads: Sequence[Tensor],
     needs_n: bool,
@@ -223,15 +226,15 @@ def project_backward(
     through_adapters = _compiled_gradients if serves else _gradients
     grad_n, pairs = through_adapters(n, projections, grads, needs, lower, grad_n)
     pairs = iter(pairs)
-    base = _rows(n).to(grads[0].dtype) if any(need.weight for need in needs) else None
-    return grad_n, [
-        Projection(
-            (grad.t() @ base).to(weight.dtype) if need.weight else None,
-            grad.sum(0).to(bias.dtype) if need.bias else None,
-            tuple(Adapter(*next(pairs), scale) for _, _, scale in own),
-        )
-        for grad, need, (weight, bias, own) in zip(grads, needs, projections, strict=True)
-    ]
+    base: Any = _rows(n).to(grads[0].dtype) if any(need.weight for need in needs) else None
+    found = []
+    for grad, need, (weight, bias, own) in zip(grads, needs, projections, strict=True):
+        of_weight: Any = (grad.t() @ base).to(weight.dtype) if need.weight else None
+        of_bias = grad.sum(0).to(bias.dtype) if bias is not None and need.bias else None
+        # Its own first: of the pairs zip then takes no more than those.
+        of_adapters = (Adapter(a, b, scale) for (_, _, scale), (a, b) in zip(own, pairs, strict=False))
+        found.append(Projection(of_weight, of_bias, tuple(of_adapters)))
+    return grad_n, found
 
 
 def _gradients(n, projections, grads, needs, lower, grad_n):
@@ -239,7 +242,8 @@ def _gradients(n, projections, grads, needs, lower, grad_n):
     adapters, needed = _adapters(projections), _adapters(needs)
     stacks = _stacks(adapters, lower)
     inputs = {} if n is None else _inputs(n, stacks)
-    low_rank = _shrink(inputs, stacks) if any(need.b for need in needed) else [None] * len(adapters)
+    # None where it is not read.
+    low_rank: list[Any] = _shrink(inputs, stacks) if any(need.b for need in needed) else [None] * len(adapters)
     above = [grad for grad, p in zip(grads, projections, strict=True) for _ in p.adapters]
 
     below, grads_b = [], []  # below: gradients of a n, (M, r)
@@ -253,7 +257,7 @@ def _gradients(n, projections, grads, needs, lower, grad_n):
         for stack in stacks
     ]  # (M, sum of r)
 
-    grads_a = [None] * len(adapters)
+    grads_a: list[Tensor | None] = [None] * len(adapters)
     for (places, ranks, a), grad in zip(stacks, below, strict=True):
         if any(needed[i].a for i in places):
             for i, grad_a in zip(places, _split(grad.t() @ inputs[a.dtype], ranks, 0), strict=True):
@@ -272,8 +276,8 @@ def _compiled_gradients(n, projections, grads, needs, lower, grad_n):
         found = _grads(n, grads, *_arguments(projections, lower), wanted, grad_n)
         if grad_n is not None:
             grad_n, *found = found
-    found = iter(found)
-    found = [next(found) if want else None for want in wanted]
+    given = iter(found)
+    found = [next(given) if want else None for want in wanted]
     return grad_n, zip(found[::2], found[1::2], strict=True)
 
 
@@ -321,7 +325,7 @@ def _inputs(n: Tensor, stacks: Sequence[_Stack]) -> dict[torch.dtype, Tensor]:
 
 def _shrink(inputs: dict[torch.dtype, Tensor], stacks: Sequence[_Stack]) -> list[Tensor]:
     """a n (M, r) for each adapter."""
-    products = {}
+    products: dict[int, Tensor] = {}
     for places, ranks, a in stacks:
         products.update(zip(places, _split(inputs[a.dtype] @ a.t(), ranks, 1), strict=True))
     return [products[i] for i in range(len(products))]
@@ -439,9 +443,9 @@ def _change_grads(n, grads, a, b, scales, places, dtypes, needs, grad_n):
     return found if grad_n is None else [grad_n, *found]
 
 
-def _launch_grads(*arguments):
-    *others, grad_n = arguments
-    return _change_grads(*others, None if grad_n is None else grad_n.clone(memory_format=torch.contiguous_format))
+def _launch_grads(n, grads, a, b, scales, places, dtypes, needs, grad_n):
+    copied = None if grad_n is None else grad_n.clone(memory_format=torch.contiguous_format)
+    return _change_grads(n, grads, a, b, scales, places, dtypes, needs, copied)
 
 
 def _fake_grads(n, grads, a, b, scales, places, dtypes, needs, grad_n):
@@ -536,8 +540,9 @@ def _compiled(backend: str, x: Tensor, projections: Sequence[Projection], lower:
     return OP.choose(backend, x, projections, lower) == "cpu"
 
 
-def _example(device: str, dtype: torch.dtype) -> tuple:
-    adapter = Adapter(*(torch.empty(shape, device=device, dtype=dtype) for shape in ((4, 320), (320, 4))), 1.0)
+def _example(device: torch.device | str, dtype: torch.dtype) -> tuple:
+    a, b = (torch.empty(shape, device=device, dtype=dtype) for shape in ((4, 320), (320, 4)))
+    adapter = Adapter(a, b, 1.0)
     projection = Projection(torch.empty(320, 320, device=device, dtype=dtype), None, (adapter,))
     return torch.empty(2, 4096, 320, device=device, dtype=dtype), (projection,)
 

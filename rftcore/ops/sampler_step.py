@@ -213,19 +213,20 @@ def _backward_outputs(
 def _launch_forward(*inputs):
     outputs = _forward_outputs(*inputs)
     *tensors, divergence = inputs
-    _launch("sampler_step_forward", *tensors[:3], divergence, inputs=tensors, outputs=outputs)
+    _launch("sampler_step_forward", tensors, divergence, inputs=tensors, outputs=outputs)
     return outputs
 
 
 def _launch_backward(*inputs):
     outputs = _backward_outputs(*inputs)
     grads, tensors, divergence = inputs[:3], inputs[3:8], inputs[8]
-    _launch("sampler_step_backward", *tensors[:3], divergence, inputs=(*tensors, *grads), outputs=outputs)
+    _launch("sampler_step_backward", tensors, divergence, inputs=(*tensors, *grads), outputs=outputs)
     return outputs
 
 
-def _launch(name, sample, model_output, coefficients, divergence, inputs, outputs):
+def _launch(name, tensors, divergence, inputs, outputs):
     """Calls the compiled function with raw pointers."""
+    sample, model_output, coefficients = tensors[:3]
     batch = sample.shape[0]
     # Logical order in memory, whatever the strides: it fixes the order of the sums. Held here until the call returns.
     inputs = [None if t is None else t.contiguous() for t in inputs]
@@ -250,7 +251,7 @@ _backward = compiled.define(
 )  # fmt: skip
 
 
-def _example(device: str, dtype: torch.dtype):
+def _example(device: torch.device | str, dtype: torch.dtype):
     sample = torch.empty(2, 4, 64, 64, device=device, dtype=dtype)
     return sample, torch.empty(4, 4, 64, 64, device=device, dtype=dtype)
 
