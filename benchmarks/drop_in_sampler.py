@@ -3,7 +3,7 @@
 pip install -c constraints.txt pandas && pip install --no-deps trl==0.23.1    # or as benchmarks/programs.py says
 python -m benchmarks.drop_in_sampler [--repeats 3] [--threads 1]
 
-What a user changes is `SamplerPipeline` and `SamplerDDPOTrainer` of benchmarks/trl_sampler.py for TRL, and
+What a user changes is `SamplerPipeline` and `SamplerDDPOTrainer` of examples/trl_trainer.py for TRL, and
 `SamplerLoop` of benchmarks/ddpo_loop.py for a loop of one's own. Without TRL only that loop runs.
 
 The same noise: both sides draw the first latents and then each step's noise from the default generator, so one seed
@@ -53,7 +53,7 @@ from benchmarks.programs import (
 if NO_TRL is None:
     from trl import DefaultDDPOStableDiffusionPipeline
 
-    from benchmarks.trl_sampler import SamplerDDPOTrainer, SamplerPipeline
+    from examples.trl_trainer import SamplerDDPOTrainer, SamplerPipeline
 
 STOCK, PLAIN, SAMPLER = "stock", "stock, gradient_checkpoint=False", "CheckpointedSampler"
 SAMPLERS = {SAMPLER: {}}  # a row of AlignProp's sampling each -> more options of the sampler

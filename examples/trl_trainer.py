@@ -1,17 +1,32 @@
-"""All that a user changes: TRL 0.23.1's pipeline and DDPO trainer with their sampling by `CheckpointedSampler`."""
+"""TRL 0.23.1's AlignProp and DDPO trainers with their sampling, and DDPO's re-scoring, by `CheckpointedSampler`.
+
+pip install -c constraints.txt pandas && pip install --no-deps trl==0.23.1    # the last TRL with these two trainers
+python examples/trl_trainer.py --trainer alignprop    # or ddpo: the digits that ship with rftcore, on a CPU
+python examples/trl_trainer.py --trainer alignprop --model stable-diffusion-v1-5/stable-diffusion-v1-5 \
+    --prompts simple_animals --reward aesthetic --mixed_precision bf16 --num_steps 50 --batch_size 4 \
+    --learning_rate 1e-3
+"""
 
 from __future__ import annotations
 
+import argparse
 import random
 from typing import Any
 
+import accelerate
 import torch
 from torch import Tensor
-from trl import DDPOTrainer, DefaultDDPOStableDiffusionPipeline
-from trl.models.modeling_sd_base import DDPOPipelineOutput
 
 import rftcore
 from rftcore import CheckpointedSampler, GradientPath, Trajectory
+
+try:
+    from trl import AlignPropConfig, AlignPropTrainer, DDPOConfig, DDPOTrainer, DefaultDDPOStableDiffusionPipeline
+    from trl.models.modeling_sd_base import DDPOPipelineOutput
+except (ImportError, RuntimeError) as error:  # RuntimeError is TRL's for a module of its own that does not import
+    raise ImportError(
+        f"TRL 0.23.1 is needed, the last with these trainers (see the top of this file): {error}"
+    ) from error
 
 
 class SamplerPipeline(DefaultDDPOStableDiffusionPipeline):
@@ -126,3 +141,63 @@ class SamplerDDPOTrainer(DDPOTrainer):
         loss = self.loss(advantages.clamp(-limit, limit), clip_range, ratio)
         approx_kl = 0.5 * torch.mean((log_prob - log_probs) ** 2)
         return loss, approx_kl, torch.mean((torch.abs(ratio - 1.0) > clip_range).float())
+
+
+def options(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="TRL's trainers with rftcore's sampler.", allow_abbrev=False)
+    parser.add_argument("--trainer", choices=["alignprop", "ddpo"], default="alignprop")
+    parser.add_argument("--model", default=rftcore.digits.path(), help="a Stable Diffusion: hub name or folder")
+    parser.add_argument("--prompts", default="rftcore.digits.train_prompts", help="as rftcore.prompts.load takes them")
+    parser.add_argument("--reward", default="digits", help="as rftcore.rewards.load takes it")
+    parser.add_argument("--output_dir", default="runs/trl_trainer", help="of TRL's checkpoints, one an epoch")
+    parser.add_argument("--mixed_precision", choices=["no", "fp16", "bf16"], default="no")
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--learning_rate", type=float, default=4e-3)
+    parser.add_argument("--num_steps", type=int, default=10)
+    parser.add_argument("--guidance_scale", type=float, default=2.0)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: argparse.Namespace) -> list[float]:
+    """The mean reward of each batch."""
+    device = accelerate.PartialState().device  # TRL's logger wants it made first
+    reward, prompts = rftcore.rewards.load(arguments.reward).to(device), rftcore.prompts.load(arguments.prompts)
+    means: list[float] = []
+
+    def scored(images: Tensor, prompts: tuple[str], metadata: tuple[Any]) -> tuple[Tensor, dict]:
+        rewards = reward(images, list(prompts))
+        means.append(rewards.mean().item())
+        print(f"batch {len(means)}: reward {means[-1]:.4g}")
+        return rewards, {}
+
+    def drawn() -> tuple[str, dict]:
+        return random.choice(prompts), {}
+
+    settings = {
+        "mixed_precision": arguments.mixed_precision,
+        "num_epochs": arguments.epochs,
+        "project_kwargs": {"project_dir": arguments.output_dir, "automatic_checkpoint_naming": True},
+        "sample_num_steps": arguments.num_steps,
+        "sample_guidance_scale": arguments.guidance_scale,
+        "train_batch_size": arguments.batch_size,
+        "train_learning_rate": arguments.learning_rate,
+    }
+    pipeline = SamplerPipeline(arguments.model)
+    if arguments.trainer == "alignprop":
+        config = AlignPropConfig(
+            **settings,
+            train_gradient_accumulation_steps=1,
+            truncated_rand_backprop_minmax=(0, arguments.num_steps),
+        )
+        trainer = AlignPropTrainer(config, scored, drawn, pipeline)
+    else:
+        config = DDPOConfig(**settings, sample_batch_size=arguments.batch_size, sample_num_batches_per_epoch=1)
+        trainer = SamplerDDPOTrainer(config, scored, drawn, pipeline)
+    rftcore.accelerate(pipeline.unet)
+    trainer.train()
+    return means
+
+
+if __name__ == "__main__":
+    main(options())

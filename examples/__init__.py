@@ -1,0 +1,1 @@
+"""Training code of other people's making, with rftcore's sampler in it; docs/drop_in.md goes through each."""
