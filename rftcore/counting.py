@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ class PeakBytes(TorchDispatchMode):
         self.peak = 0
         self._counted: set[int] = set()
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         output = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
@@ -52,13 +53,13 @@ class FLOPs(TorchDispatchMode):
         super().__init__()
         self.total = 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = function(*args, **(kwargs or {}))
         self.total += flops_of(function, args, kwargs or {}, output)
         return output
 
 
-def flops_of(function, args, kwargs, output) -> int:
+def flops_of(function: Any, args: Any, kwargs: Any, output: Any) -> int:
     """FLOPs of one call of an ATen operation, 0 for what is no matrix product."""
     name = function._schema.name
     if "flash_attention_for_cpu" in name:  # without a formula in PyTorch's registry

@@ -111,7 +111,7 @@ def conditioning(unet: UNet2DConditionModel, rows: int, tokens: int = TOKENS) ->
     return made
 
 
-def _on_meta(kind, options: Mapping[str, Any], dtype: torch.dtype):
+def _on_meta(kind: Any, options: Mapping[str, Any], dtype: torch.dtype) -> Any:
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -121,7 +121,7 @@ def _on_meta(kind, options: Mapping[str, Any], dtype: torch.dtype):
         torch.set_default_dtype(before)
 
 
-def _fake(model: nn.Module, trained_dtype: torch.dtype | None):
+def _fake(model: nn.Module, trained_dtype: torch.dtype | None) -> Any:
     """The same model with weights that believe to be on a CPU."""
     mode = FakeTensorMode()
     for module in model.modules():

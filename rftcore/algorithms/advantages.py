@@ -62,7 +62,8 @@ class PromptStatistics:
             for prompt in set(prompts)
             if len(self._rewards[prompt]) >= self.min_count
         }
-        mean, std = (torch.tensor(column, dtype=torch.float64) for column in zip(*(own.get(p, batch) for p in prompts)))
+        pairs = zip(*(own.get(p, batch) for p in prompts), strict=True)
+        mean, std = (torch.tensor(column, dtype=torch.float64) for column in pairs)
         return ((r.detach().double().cpu() - mean) / (std + 1e-6)).to(r)
 
     def state_dict(self) -> dict[str, Any]:

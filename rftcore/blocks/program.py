@@ -105,7 +105,7 @@ class Plan(NamedTuple):
 
 
 def needs_of_steps(program: Program, needs: tuple[bool, ...]) -> list[tuple[bool, ...]]:
-    """For each step, which of its inputs and parameters want a gradient, where those of the program do that `needs` says."""
+    """For each step, which of its inputs and parameters want a gradient, where `needs` says which of the program's do."""
     wanted = dict(zip(program.inputs, needs, strict=False))
     found = []
     for step in program.steps:

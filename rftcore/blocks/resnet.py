@@ -61,7 +61,7 @@ def write(b: Builder, block: ResnetBlock2D, parts: Sequence[str], embedded: bool
 def _embedding(b: Builder, block: ResnetBlock2D, x: str, embedded: bool) -> tuple[str | None, str | None]:
     """The projected time embedding of each image of x, and how it enters; None and None where it does not."""
     how = {"default": "add", "scale_shift": "scale_shift"}.get(block.time_embedding_norm)
-    if block.time_emb_proj is None and not embedded or how is None:
+    if (block.time_emb_proj is None and not embedded) or how is None:
         return None, None
     if block.time_emb_proj is None or not embedded:
         raise Unserved("a time embedding without a projection, or a projection without one")

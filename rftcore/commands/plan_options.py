@@ -7,6 +7,7 @@ import dataclasses
 import math
 import typing
 from dataclasses import dataclass
+from typing import Any
 
 from jsonargparse import ArgumentParser
 
@@ -90,7 +91,7 @@ class PlanOptions:
 class _Recipe(argparse.Action):
     """Sets what the recipe says, over what was said before."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         for name, value in {**options_of(values), self.dest: values}.items():
             setattr(namespace, name, value)
 

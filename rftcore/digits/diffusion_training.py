@@ -57,7 +57,7 @@ def fit_denoiser(digits: Digits, vae: AutoencoderKL, tokenizer: CLIPTokenizer, s
     average = deepcopy(denoiser).eval().requires_grad_(False)
     scheduler = build_scheduler()
     latents = vae.config.scaling_factor * encode(vae, digits.images)
-    described = list(zip(digits.labels.tolist(), digits.weight.tolist()))
+    described = list(zip(digits.labels.tolist(), digits.weight.tolist(), strict=True))
     optimizer = torch.optim.AdamW(denoiser.parameters(), lr=_LEARNING_RATE, weight_decay=0.01, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=steps, pct_start=0.05)
     progress = tqdm(range(steps), desc="denoiser", mininterval=5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 from rftcore.digits import prompts
@@ -29,7 +30,7 @@ def learn_merges(words: list[str]) -> list[tuple[str, str]]:
     spelling = {word: [*word[:-1], word[-1] + _WORD_END] for word in words}
     merges = []
     while any(len(parts) > 1 for parts in spelling.values()):
-        pairs = Counter(pair for parts in spelling.values() for pair in zip(parts, parts[1:]))
+        pairs = Counter(pair for parts in spelling.values() for pair in pairwise(parts))
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         spelling = {word: _merge(parts, best) for word, parts in spelling.items()}

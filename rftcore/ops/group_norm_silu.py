@@ -230,7 +230,7 @@ def _workspace(x, problem, purpose):
 
 def _launch_forward(x, weight, bias, channel_bias, scale, shift, num_groups, eps, silu):
     outputs = _forward_outputs(x, weight, bias, channel_bias, scale, shift, num_groups, eps, silu)
-    problem, held = _problem(x, num_groups, silu, weight, bias, channel_bias, scale, shift)
+    problem, _held = _problem(x, num_groups, silu, weight, bias, channel_bias, scale, shift)
     workspace = _workspace(x, problem, "forward")
     compiled.launch("group_norm_silu_forward", x.device, *problem, eps, *map(compiled.address, (*outputs, workspace)))
     return outputs
@@ -242,7 +242,7 @@ def _launch_backward(
     outputs = _backward_outputs(
         grad_y, x, weight, bias, channel_bias, scale, shift, mean, inverse_deviation, num_groups, silu, needs
     )
-    problem, held = _problem(x, num_groups, silu, weight, bias, channel_bias, scale, shift)
+    problem, _held = _problem(x, num_groups, silu, weight, bias, channel_bias, scale, shift)
     grad_y = _dense(grad_y, _is_channels_last(x))
     workspace = _workspace(x, problem, "backward_per_channel" if any(needs) else "backward")
     grad_x, *others = outputs

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -307,7 +308,7 @@ def _stacks(adapters: Sequence[Adapter], lower: torch.dtype | None) -> list[_Sta
     stacks = []
     for dtype, own in places.items():
         parts = [adapters[i].a for i in own]
-        stacks.append(_Stack(own, [len(a) for a in parts], held.made_of(parts, dtype, lambda: _joined(parts, dtype))))
+        stacks.append(_Stack(own, [len(a) for a in parts], held.made_of(parts, dtype, partial(_joined, parts, dtype))))
     return stacks
 
 

@@ -32,7 +32,7 @@ class Winner(NamedTuple):
     """
 
     backend: str
-    config: dict[str, dict[str, Any]] = {}
+    config: dict[str, dict[str, Any]] = {}  # noqa: RUF012  # of a NamedTuple, and never written to
 
 
 def bucket(count: int) -> int:

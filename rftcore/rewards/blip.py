@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +113,7 @@ def text_tower(source: Source) -> BlipTextModel:
     return tower
 
 
-def _filled(kind, config, source: Source, names: Mapping[str, str] | None, **settings) -> nn.Module:
+def _filled(kind: Any, config: Any, source: Source, names: Mapping[str, str] | None, **settings: Any) -> nn.Module:
     """A model whose parameters are the source's, in fp32: nothing is drawn at random first, or held twice.
 
     Args:

@@ -40,7 +40,7 @@ def load(
     revision: str | None = None,
     unused: Sequence[str] = (),
     **settings: Any,
-):
+) -> Any:
     """A model, tokenizer or processor of transformers, whole and finite: `kind.from_pretrained(place)`.
 
     Safetensors are taken where there are any. A model comes in fp32 where `dtype` is not among the settings.

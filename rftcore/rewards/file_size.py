@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -43,7 +44,7 @@ def compressibility(
     return -incompressibility(images, prompts, metadata, quality=quality)
 
 
-def _bytes(pixels, quality: int) -> int:
+def _bytes(pixels: Any, quality: int) -> int:
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format="JPEG", quality=quality)
     return file.tell()

@@ -38,7 +38,7 @@ class Reward:
         """The name that errors about the reward give it."""
         return self.name
 
-    def __call__(self, images, prompts: Sequence[str], metadata: Sequence[dict] | None = None):
+    def __call__(self, images: Any, prompts: Sequence[str], metadata: Sequence[dict] | None = None) -> Any:
         """Rewards (B,) of images (B, 3, H, W) in [0, 1]."""
         return self.function(images, prompts, metadata)
 
@@ -47,13 +47,15 @@ class Reward:
         """Names of the rewards that it is made of; none where it is one."""
         return tuple(part.name for part, _ in getattr(self.function, "parts", ()))
 
-    def with_parts(self, images, prompts: Sequence[str], metadata: Sequence[dict] | None = None):
+    def with_parts(
+        self, images: Any, prompts: Sequence[str], metadata: Sequence[dict] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
         """Rewards (B,), and by name those, each (B,), of what they are made of."""
         if self.parts:
             return cast(Any, self.function).with_parts(images, prompts, metadata)
         return self(images, prompts, metadata), {}
 
-    def to(self, device) -> Reward:
+    def to(self, device: Any) -> Reward:
         """Moves its model, if it has one, to a device; returns itself."""
         if hasattr(self.function, "to"):
             self.function.to(device)

@@ -61,13 +61,13 @@ def through_fp16(function: Callable[[Tensor], Tensor], inputs: Tensor) -> Tensor
 
 class _Raised(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, outputs: Tensor, scales: list[Tensor]) -> Tensor:
+    def forward(ctx: Any, outputs: Tensor, scales: list[Tensor]) -> Tensor:
         ctx.scales = scales
         return outputs.view_as(outputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         largest = gradient.flatten(1).abs().amax(1)
         scale = torch.exp2(torch.floor(torch.log2(_LARGEST / largest)))
         # A row of zeros, or of NaN, stays what it is.
@@ -78,13 +78,13 @@ class _Raised(torch.autograd.Function):
 
 class _Lowered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, inputs: Tensor, scales: list[Tensor]) -> Tensor:
+    def forward(ctx: Any, inputs: Tensor, scales: list[Tensor]) -> Tensor:
         ctx.scales = scales
         return inputs.view_as(inputs)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient / _over_rows(ctx.scales[0], gradient), None
 
 

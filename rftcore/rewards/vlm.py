@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -78,7 +79,7 @@ class Describer(nn.Module):
         tokens = tokens[:, _echoed(tokens, inputs["input_ids"]) :]
         return [answer.strip() for answer in self.processor.batch_decode(tokens, skip_special_tokens=True)]
 
-    def _inputs(self, images: Sequence[Image.Image], question: str):
+    def _inputs(self, images: Sequence[Image.Image], question: str) -> Any:
         settings = {"padding": True, "return_tensors": "pt"}
         if self.processor.chat_template is None:
             token = getattr(self.processor, "image_token", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -89,7 +90,7 @@ class VlmAlignment(nn.Module):
             self.vlm = Describer(MODEL if model is None else model, dtype, reward=NAME)
         self.similarity = TextSimilarity(similarity, similarity_layer, reward=NAME, option="similarity")
 
-    def forward(self, images: Tensor, prompts: Sequence[str], metadata=None) -> Tensor:
+    def forward(self, images: Tensor, prompts: Sequence[str], metadata: Any = None) -> Tensor:
         """(B,) fp32 of images (B, 3, H, W) in [0, 1] and B prompts; NaN for an image that holds NaN or inf."""
         check_prompts(images, prompts)
         answers = self.vlm.describe(pictures(images), self.question, self.max_new_tokens, self.images_at_once)

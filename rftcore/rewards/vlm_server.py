@@ -83,9 +83,10 @@ class _Handler(BaseHTTPRequestHandler):
     timeout = 60
 
     def do_GET(self) -> None:
-        if self.path != "/v1/models":
-            return self._error(404, f"no such path {self.path!r}; there are /v1/models and /v1/chat/completions")
-        self._send(200, {"object": "list", "data": [{"id": self.server.name, "object": "model"}]})
+        if self.path == "/v1/models":
+            self._send(200, {"object": "list", "data": [{"id": self.server.name, "object": "model"}]})
+        else:
+            self._error(404, f"no such path {self.path!r}; there are /v1/models and /v1/chat/completions")
 
     def do_POST(self) -> None:
         try:
@@ -94,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
             response = self.server.answer(self._body())
         except _Refused as error:
             self._error(error.status, str(error))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # whatever the model raises: the server goes on
             self.log_error("%s: %s", type(error).__name__, error)
             self._error(500, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}")
         else:

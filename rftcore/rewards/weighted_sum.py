@@ -42,19 +42,19 @@ class WeightedSum:
         self.parts = tuple(parts)
         self.differentiable = all(reward.differentiable for reward, _ in parts)
 
-    def __call__(self, images, prompts: Sequence[str], metadata: Sequence[dict] | None = None):
+    def __call__(self, images: Any, prompts: Sequence[str], metadata: Sequence[dict] | None = None) -> Any:
         """(B,) of images (B, 3, H, W)."""
         return self.with_parts(images, prompts, metadata)[0]
 
     def with_parts(
-        self, images, prompts: Sequence[str], metadata: Sequence[dict] | None = None
+        self, images: Any, prompts: Sequence[str], metadata: Sequence[dict] | None = None
     ) -> tuple[Any, dict[str, Any]]:
         """(B,), and each part's own (B,), without its weight and without a gradient, by name."""
         values = {reward.name: _checked(reward, reward(images, prompts, metadata), images) for reward, _ in self.parts}
         total = sum(weight * values[reward.name] for reward, weight in self.parts)
         return total, {name: value.detach() for name, value in values.items()}
 
-    def to(self, device) -> WeightedSum:
+    def to(self, device: Any) -> WeightedSum:
         for reward, _ in self.parts:
             reward.to(device)
         return self

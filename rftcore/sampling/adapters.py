@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -10,7 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 
 
 @contextlib.contextmanager
-def adapters_off(unet: torch.nn.Module):
+def adapters_off(unet: torch.nn.Module) -> Iterator[None]:
     """Runs the block on the base model: the pretrained reference of a KL term.
 
     PEFT's own switch changes what requires grad (and makes frozen adapters trainable when it turns them on again);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
@@ -26,7 +27,7 @@ class Ambient:
         )
 
     @contextlib.contextmanager
-    def restored(self):
+    def restored(self) -> Iterator[None]:
         """The captured state for the length of a block."""
         with contextlib.ExitStack() as stack:
             for kind, enabled, dtype in self.autocast:
@@ -52,7 +53,7 @@ class RandomState:
             return cls(torch.get_rng_state(), device, accelerator)
 
     @contextlib.contextmanager
-    def restored(self):
+    def restored(self) -> Iterator[None]:
         """The captured state for the length of a block; what was there before comes back after it."""
         before = RandomState.capture(self.device)
         self._install()

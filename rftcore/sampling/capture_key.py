@@ -64,7 +64,7 @@ class _Same:
     def __init__(self, thing: Any) -> None:
         self.thing = thing
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: object) -> bool:
         return type(other) is _Same and other.thing is self.thing
 
     def __hash__(self) -> int:

@@ -64,7 +64,15 @@ class Captures:
         self.reason = run.reason
         return run
 
-    def _begin(self, latents, conditioning, given, differentiates, merged, passing) -> Run:
+    def _begin(
+        self,
+        latents: Tensor,
+        conditioning: Mapping[str, Tensor],
+        given: Hashable,
+        differentiates: bool,
+        merged: bool,
+        passing: bool,
+    ) -> Run:
         module, device = self._denoiser.module, latents.device
         if not self._enabled:
             return Run(None, "capture=False")

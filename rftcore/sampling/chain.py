@@ -117,11 +117,11 @@ class Chain:
     def _model_input_needed(self, step: int) -> bool:
         return self._modes[step] == "full" and self._input_needed(step)
 
-    def _adapters_held(self):
+    def _adapters_held(self) -> contextlib.AbstractContextManager[None]:
         # Captured work makes its own: a graph would read what is gone by its next launch.
         return held() if self.evaluations.is_plain else contextlib.nullcontext()
 
-    def _explained(self, where: str):
+    def _explained(self, where: str) -> contextlib.AbstractContextManager[None]:
         return explained(where, self.evaluations.plan, self.evaluations.release)
 
 

@@ -43,5 +43,5 @@ class _Once(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, *arguments) -> once.Values:
+    def forward(self, *arguments: Any) -> once.Values:
         return once.compute(self.module, *arguments)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from rftcore.sampling.prediction import prediction
 
 
-def ddim_rows(scheduler, eta: float, final_step: str) -> list[list[float]]:
+def ddim_rows(scheduler: Any, eta: float, final_step: str) -> list[list[float]]:
     """One row of `Coefficient` for each of the timesteps that a `DDIMScheduler` is set to, formed in fp64.
 
     Args:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from rftcore.sampling.prediction import prediction
 
 _VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large")
 
 
-def ddpm_rows(scheduler) -> list[list[float]]:
+def ddpm_rows(scheduler: Any) -> list[list[float]]:
     """One row of `Coefficient` for each of the timesteps that a `DDPMScheduler` is set to, formed in fp64.
 
     Raises:

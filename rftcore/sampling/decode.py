@@ -105,7 +105,9 @@ class _Decode(torch.autograd.Function):
     """Keeps the latents, and decodes them once more for their gradient."""
 
     @staticmethod
-    def forward(ctx, vae, clamp: str, parts: list[slice], fp16: bool, latents: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, vae: Any, clamp: str, parts: list[slice], fp16: bool, latents: Tensor
+    ) -> tuple[Tensor, Tensor]:
         ctx.vae, ctx.clamp, ctx.parts, ctx.fp16 = vae, clamp, parts, fp16
         ctx.ambient = Ambient.capture(latents.device)
         # The weights are saved for their version check: a decoder changed before the backward would be another one.
@@ -119,7 +121,7 @@ class _Decode(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_images: Tensor, _) -> tuple[None, None, None, None, Tensor]:
+    def backward(ctx: Any, grad_images: Tensor, _: Any) -> tuple[None, None, None, None, Tensor]:
         latents = ctx.saved_tensors[0]
         gradients = []
         for part in ctx.parts:
@@ -233,9 +235,9 @@ class _Score(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx,
-        evaluate,
-        reward,
+        ctx: Any,
+        evaluate: Callable[[slice, Tensor], tuple[Tensor, Tensor]],
+        reward: Any,
         prompts: Sequence[str],
         parts: list[slice],
         summands: Mapping[int, dict[str, Tensor]],
@@ -276,7 +278,7 @@ class _Score(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_rewards: Tensor, *_) -> tuple[None, None, None, None, None, None, None, Tensor]:
+    def backward(ctx: Any, grad_rewards: Tensor, *_: Any) -> tuple[None, None, None, None, None, None, None, Tensor]:
         slopes, *dropped = ctx.saved_tensors
         per_image = (-1, *[1] * (slopes.ndim - 1))
         gradient = grad_rewards.reshape(per_image) * slopes
@@ -293,7 +295,7 @@ def _runs_in_fp16(vae: nn.Module | None, latents: Tensor) -> bool:
     return vae is not None and next(vae.parameters()).dtype is torch.float16
 
 
-def _gradient(reward, values: Tensor, piece: Tensor, scale: float) -> Tensor:
+def _gradient(reward: Any, values: Tensor, piece: Tensor, scale: float) -> Tensor:
     """d values / d piece, per image, computed at `scale` times its size."""
     gradient = None
     if values.requires_grad:
@@ -309,7 +311,7 @@ def _gradient(reward, values: Tensor, piece: Tensor, scale: float) -> Tensor:
     return gradient / scale
 
 
-def _check_shape(reward, values: Any, count: int) -> None:
+def _check_shape(reward: Any, values: Any, count: int) -> None:
     if not isinstance(values, Tensor) or tuple(values.shape) != (count,) or not values.is_floating_point():
         raise RewardError(
             f"reward {_name(reward)} returned {_describe(values)}; it must return a floating-point tensor of shape "
@@ -324,7 +326,7 @@ def _joined(summands: Mapping[int, dict[str, Tensor]], parts: Sequence[slice]) -
 
 
 def _check_finite(
-    reward, values: Tensor, prompts: Sequence[str], finite: Sequence[bool], summands: Mapping[str, Tensor]
+    reward: Any, values: Tensor, prompts: Sequence[str], finite: Sequence[bool], summands: Mapping[str, Tensor]
 ) -> None:
     if not all(finite):
         first = list(finite).index(False)
@@ -345,7 +347,7 @@ def _describe(value: Any) -> str:
     return f"{type(value).__name__} of length {len(value)}" if hasattr(value, "__len__") else type(value).__name__
 
 
-def _name(reward) -> str:
+def _name(reward: Any) -> str:
     return repr(getattr(reward, "__name__", type(reward).__name__))
 
 

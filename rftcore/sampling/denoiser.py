@@ -48,7 +48,7 @@ class Denoiser:
         self.extra = {} if cross_attention_kwargs is None else {"cross_attention_kwargs": dict(cross_attention_kwargs)}
 
     @property
-    def config(self):
+    def config(self) -> Any:
         return self.model.config
 
     @property

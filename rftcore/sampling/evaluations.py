@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Hashable, Mapping
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -184,7 +184,7 @@ class Evaluations:
         for first in range(0, self._batch, together):
             images = slice(first, min(first + together, self._batch))
 
-            def work(images=images) -> None:
+            def work(images: slice = images) -> None:
                 replayed = self._with_graph(row, x, x_needed, plan.replay_level, images)
                 grad = self._differentiate(replayed, self._of_images(grad_output, images))
                 if grad_x is not None and grad is not None:
@@ -263,7 +263,7 @@ class Evaluations:
             t = _row(self._timesteps, step)
             return self.denoiser(x, t, conditioning, guided=self.guided, parameters=leaves.stand_ins)
 
-    def _with_graph(self, step, x: Tensor, x_needed: bool, level, images: slice | None = None) -> Kept:
+    def _with_graph(self, step: Any, x: Tensor, x_needed: bool, level: Any, images: slice | None = None) -> Kept:
         x = (x if images is None else x[images]).detach().requires_grad_(x_needed)
         leaves = self._leaves(self._inputs, self._wanted)
         again = contextlib.nullcontext() if level is None else recompute(self.denoiser.model, level)

@@ -64,9 +64,9 @@ class Segments:
 
     The first chain runs as it is, and so warms up what is compiled, allocated and tried out at a first call; a segment
     that it repeats at once is captured there already, where nothing before it left anything that will be in the pool.
-    The second captures each other segment where it meets it, the later ones launch them. All memory that segments take is one pool's: what one of them let go of, the next reuse.
-    That is right only in the order in which they were captured, with one chain at a time: while a chain is not
-    finished, those that begin meanwhile run as they are.
+    The second captures each other segment where it meets it, the later ones launch them. All memory that segments take
+    is one pool's: what one of them let go of, the next reuse. That is right only in the order in which they were
+    captured, with one chain at a time: while a chain is not finished, those that begin meanwhile run as they are.
 
     Attributes:
         passing: whether its key is one of many, which may not come again.
@@ -262,7 +262,7 @@ class Run:
                 self._prepared = True
             with _no_foreign_casts():
                 replay, result = segments.recorder.capture(work)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  # whatever a capture raises: the work runs as it is
             # Without the traceback, which would keep alive what the failed capture allocated.
             self.reason = f"{name!r} could not be captured: {type(error).__name__}: {error}"
         else:
@@ -318,7 +318,7 @@ class Graphs:
             del self._segments[old]
         return self._segments[key].begin()
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         # A copy, of a sampler that is copied or pickled, begins without graphs.
         return Graphs, (self._make_recorder, self._size)
 

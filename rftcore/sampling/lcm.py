@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from rftcore.sampling.prediction import prediction
 _SIGMA_DATA = 0.5
 
 
-def lcm_rows(scheduler) -> list[list[float]]:
+def lcm_rows(scheduler: Any) -> list[list[float]]:
     """One row of `Coefficient` for each of the timesteps that an `LCMScheduler` is set to, formed in fp64.
 
     Each step predicts the image, c_out x0 + c_skip x, and noises that to the next timestep; the last one ends on it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -32,7 +33,7 @@ class ModuleState:
         )
 
     @contextlib.contextmanager
-    def restored(self):
+    def restored(self) -> Iterator[None]:
         """The captured modes and switches for the length of a block.
 
         Raises:

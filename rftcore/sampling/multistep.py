@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from typing import Any
 
 import torch
 from diffusers import DPMSolverMultistepScheduler
@@ -95,7 +96,7 @@ def next_state(history: Tensor, weights: Tensor) -> Tensor:
     return (history * weights.reshape(-1, *[1] * (history.dim() - 1))).sum(0)
 
 
-def multistep_table(scheduler, guidance_scale: float) -> MultistepTable:
+def multistep_table(scheduler: Any, guidance_scale: float) -> MultistepTable:
     """The table of a `DPMSolverMultistepScheduler` or `UniPCMultistepScheduler` that is set to its timesteps.
 
     The weights are what diffusers' own steps make of unit vectors; `scheduler` is stepped through, so give a copy.
@@ -134,7 +135,7 @@ def multistep_table(scheduler, guidance_scale: float) -> MultistepTable:
     )
 
 
-def _weights(scheduler) -> Tensor:
+def _weights(scheduler: Any) -> Tensor:
     """(T, T+1): the chain of unit vectors, one for the first state and one for each step's x0."""
     scheduler.register_to_config(prediction_type="sample")
     # Every sigma in order, also where two timesteps were rounded to the same.
@@ -150,11 +151,11 @@ def _weights(scheduler) -> Tensor:
 class _KeepsDtype(Tensor):
     """A tensor that stays fp64 where diffusers' steps cast the state to fp32."""
 
-    def to(self, *args, **kwargs) -> Tensor:
+    def to(self, *args: Any, **kwargs: Any) -> Tensor:
         return self
 
 
-def _refuse_unserved_options(scheduler) -> None:
+def _refuse_unserved_options(scheduler: Any) -> None:
     config = scheduler.config
     # Only what the class reads: a config converted from another class carries that one's options along.
     if isinstance(scheduler, DPMSolverMultistepScheduler):

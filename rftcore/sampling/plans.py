@@ -89,7 +89,12 @@ class Plans:
         return self.last
 
     def _make(
-        self, latents: Tensor, conditioning: Mapping[str, Tensor], modes, captured_bytes: int, shapes: Hashable
+        self,
+        latents: Tensor,
+        conditioning: Mapping[str, Tensor],
+        modes: Sequence[str],
+        captured_bytes: int,
+        shapes: Hashable,
     ) -> Plan:
         batch, _, height, width = latents.shape
 
@@ -145,7 +150,7 @@ class Plans:
         # A copy, of a sampler that is copied or pickled, plans anew: keys name objects of this process.
         return {**self.__dict__, "_made": self._made.emptied(), "_simulations": self._simulations.emptied()}
 
-    def _key(self, latents, conditioning, parameters) -> Hashable:
+    def _key(self, latents: Tensor, conditioning: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> Hashable:
         tensors = (latents, *conditioning.values(), *parameters.values())
         shapes = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in tensors)
         looks = hash(tuple(_looks(self._denoiser.module)))

@@ -46,7 +46,7 @@ def sent(index: Tensor, device: torch.device) -> Tensor:
     return index.to(device, non_blocking=True)
 
 
-def destination(what: str, *args, **kwargs) -> tuple[torch.device | None, bool]:
+def destination(what: str, *args: Any, **kwargs: Any) -> tuple[torch.device | None, bool]:
     """Device and non_blocking of `Tensor.to(*args, **kwargs)`. Raises: ValueError when asked for another dtype."""
     # The parser is Tensor.to's own, and the only one that knows all of its forms.
     parsed: Sequence[Any] = torch._C._nn._parse_to(*args, **kwargs)

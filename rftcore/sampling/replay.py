@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ def run(program: Program, leaves: Sequence[Tensor]) -> tuple[Tensor, ...]:
 
 class _Replayed(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, program: Program, *leaves: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, program: Program, *leaves: Tensor) -> tuple[Tensor, ...]:
         differentiable, constant, saved = program.forward(leaves)
         ctx.program = program
         ctx.leaf_count = len(leaves)
@@ -43,7 +43,7 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         leaves, saved = tensors[: ctx.leaf_count], tensors[ctx.leaf_count :]
         needed = ctx.needs_input_grad[1:]

@@ -136,7 +136,9 @@ class Rescore:
         scores = (step.log_prob,) if step.divergence is None else (step.log_prob, step.divergence)
         return scores, reference_output
 
-    def _constants_given(self, transition: Transition, conditioning: Mapping[str, Tensor], swapped):
+    def _constants_given(
+        self, transition: Transition, conditioning: Mapping[str, Tensor], swapped: Mapping[str, Tensor]
+    ) -> contextlib.AbstractContextManager[None]:
         if not has_constants(self.denoiser):
             return contextlib.nullcontext()
         made = make_constants(self.denoiser, self.timesteps, conditioning, swapped)

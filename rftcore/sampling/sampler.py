@@ -81,7 +81,7 @@ class CheckpointedSampler:
     def __init__(
         self,
         unet: nn.Module,
-        scheduler,
+        scheduler: Any,
         *,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
@@ -380,7 +380,7 @@ class CheckpointedSampler:
         # The same value, with the positive branch's gradient.
         return guided if guidance_gradient == "both" else guided.detach() + (positive - positive.detach())
 
-    def _conditioning(self, *given) -> Conditioning:
+    def _conditioning(self, *given: Any) -> Conditioning:
         conditioning = Conditioning.build(*given, guided=self.guided)
         self.denoiser.check_conditioning(conditioning)
         return self.denoiser.told(conditioning, self.settings["guidance_scale"])
@@ -449,7 +449,7 @@ class CheckpointedSampler:
         scale = torch.where(found.any(1), (found * table.input_scales).sum(1) / found.sum(1), torch.nan)
         return scale.reshape(-1, *[1] * (x_t.dim() - 1))
 
-    def _merged(self):
+    def _merged(self) -> contextlib.AbstractContextManager[Any]:
         """The UNet with its LoRA in its weights, for a block."""
         extra = self.denoiser.extra.get("cross_attention_kwargs", {})
         return merged_weights(self.denoiser.module, extra.get("scale", 1.0))

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import hashlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from diffusers import (
@@ -84,7 +85,7 @@ class StepTable:
 
 
 def step_table(
-    scheduler, num_inference_steps: int, *, guidance_scale: float, eta: float | None, final_step: str
+    scheduler: Any, num_inference_steps: int, *, guidance_scale: float, eta: float | None, final_step: str
 ) -> StepTable | MultistepTable:
     """The chain that `scheduler`, as its user configured it, runs in `num_inference_steps` steps.
 
@@ -166,7 +167,7 @@ _MATHS = (
 )
 
 
-def _kind(scheduler) -> type:
+def _kind(scheduler: Any) -> type:
     """The class among those served that a scheduler is of."""
     for kind in (*_ROWS, *_SAMPLING_ONLY):
         if isinstance(scheduler, kind) and not _overridden(scheduler, kind):
@@ -178,7 +179,7 @@ def _kind(scheduler) -> type:
     )
 
 
-def _overridden(scheduler, kind: type) -> bool:
+def _overridden(scheduler: Any, kind: type) -> bool:
     """Whether a subclass or an instance brings a step of its own: then it is another scheduler."""
     missing = object()
     return any(
@@ -188,7 +189,7 @@ def _overridden(scheduler, kind: type) -> bool:
     )
 
 
-def _refuse_unserved_options(scheduler, kind: type) -> None:
+def _refuse_unserved_options(scheduler: Any, kind: type) -> None:
     config = scheduler.config
     # Euler's classes read no such option, which a config converted from another class carries along.
     if kind not in _EULERS and config.thresholding:
@@ -213,7 +214,7 @@ def _refuse_ddims_arguments(kind: type, eta: float | None, final_step: str) -> N
         raise ValueError(f"final_step={final_step!r} is DDIM's; {kind.__name__} takes final_step='scheduler'.")
 
 
-def _at_timesteps(scheduler, kind: type, num_inference_steps: int):
+def _at_timesteps(scheduler: Any, kind: type, num_inference_steps: int) -> Any:
     """A copy of the scheduler, set to its timesteps."""
     maximum = scheduler.config.num_train_timesteps
     if not is_whole(num_inference_steps) or not 1 <= num_inference_steps <= maximum:
@@ -245,12 +246,12 @@ def _at_timesteps(scheduler, kind: type, num_inference_steps: int):
     return chain
 
 
-def _continuous(config) -> bool:
+def _continuous(config: Any) -> bool:
     """Whether an Euler scheduler's time is log(sigma) / 4, which is no training step."""
     return config.timestep_type == "continuous" and config.prediction_type == "v_prediction"
 
 
-def _check_finite(coefficients: torch.Tensor, chain) -> None:
+def _check_finite(coefficients: torch.Tensor, chain: Any) -> None:
     finite = coefficients.clone()
     finite[:, Coefficient.CLIP] = 0.0
     broken = (~finite.isfinite()).any(dim=1).nonzero().flatten().tolist()

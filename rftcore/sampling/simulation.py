@@ -274,7 +274,7 @@ def _without_data(mode: FakeTensorMode, autocast: torch.dtype | None) -> Iterato
             raise Unpredictable(f"it does not run on tensors without data: {type(error).__name__}: {error}") from error
 
 
-def _recompute(model: nn.Module, level: Level):
+def _recompute(model: nn.Module, level: Level) -> contextlib.AbstractContextManager[Any]:
     """Sets what each layer makes again, where the model is accelerated."""
     if level is None or not _is_accelerated(model):
         return contextlib.nullcontext()

@@ -129,7 +129,7 @@ class Trajectory:
             conditioning=Conditioning.cat([part.conditioning for part in parts]),
         )
 
-    def to(self, *args, **kwargs) -> Trajectory:
+    def to(self, *args: Any, **kwargs: Any) -> Trajectory:
         """Moves every tensor to a device, as `Tensor.to(device, ...)`; dtypes are part of what a trajectory means.
 
         Raises:

@@ -62,7 +62,7 @@ class Transitions:
         joined: dict[str, Any] = {name: torch.cat([getattr(part, name) for part in parts]) for name in _TENSORS}
         return dataclasses.replace(parts[0], **joined, conditioning=Conditioning.cat([p.conditioning for p in parts]))
 
-    def to(self, *args, **kwargs) -> Transitions:
+    def to(self, *args: Any, **kwargs: Any) -> Transitions:
         """Moves every tensor but `steps` to a device, as `Tensor.to(device, ...)`.
 
         Raises:

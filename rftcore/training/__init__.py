@@ -1,6 +1,7 @@
 """The training loop around the sampler and the losses: config, engine, resume, reports."""
 
 from importlib import import_module
+from typing import Any
 
 # Looked up on first use: the config classes are read by `--help`, which must not wait for torch.
 _HOME = {
@@ -22,7 +23,7 @@ _HOME = {
 __all__ = list(_HOME)
 
 
-def __getattr__(name):
+def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
     value = globals()[name] = getattr(import_module(_HOME[name]), name)

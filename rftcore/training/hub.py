@@ -79,8 +79,11 @@ def push(config: RunConfig) -> str:
             allow_patterns=UPLOADED,
             commit_message=f"Fine-tuned with rftcore ({config.algorithm})",
         )
-    except Exception as error:  # whatever the hub or the network raises: the run itself is done
-        return f"not uploaded to the hub ({_first_line(error)}); everything is in {config.output_dir}. To upload it: {command(config)}"
+    except Exception as error:  # noqa: BLE001  # whatever the hub or the network raises: the run itself is done
+        return (
+            f"not uploaded to the hub ({_first_line(error)}); everything is in {config.output_dir}. To upload it: "
+            f"{command(config)}"
+        )
     return f"uploaded to https://huggingface.co/{name}"
 
 

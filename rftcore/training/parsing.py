@@ -101,7 +101,7 @@ def _recipe_action(kind: type[RunConfig]) -> type[ActionConfigFile]:
     """The action of --config: finds the recipe and checks its keys before jsonargparse checks its types."""
 
     class Recipe(ActionConfigFile):
-        def __call__(self, parser, cfg, values, option_string=None):
+        def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
             path = recipes.find(values)
             if values in recipes.names() and (owner := recipes.algorithm(values)) != kind.algorithm:
                 raise UsageError(f"{values} is a recipe of {owner}; rftcore train {owner} --config {values}")

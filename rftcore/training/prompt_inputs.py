@@ -181,7 +181,8 @@ def _check_clip_skip(pipe: StableDiffusionPipeline | StableDiffusionXLPipeline, 
         layers = getattr(getattr(getattr(pipe, name, None), "config", None), "num_hidden_layers", None)
         if layers is not None and clip_skip >= layers - own:
             raise UsageError(
-                f"sampling.clip_skip={clip_skip}, and {name} has {layers} layers{', the last unused anyway' * own}; at most "
+                f"sampling.clip_skip={clip_skip}, and {name} has {layers} layers"
+                f"{', the last unused anyway' * own}; at most "
                 f"{max(0, layers - own - 1)} can be left out (0: set it to null)"
             )
 

@@ -190,7 +190,8 @@ class Trainer:
         """What an epoch and an optimizer step are made of, here and on all processes."""
         train, processes = self.config.train, self.accelerator.num_processes
         rows, part = batch_shares(self.config, processes)
-        step = f"an optimizer step trains on {train.batch_size}: {rows} on each of {processes} process(es), {part} at a time"
+        shares = f"{rows} on each of {processes} process(es), {part} at a time"
+        step = f"an optimizer step trains on {train.batch_size}: {shares}"
         if train.updates_per_epoch == 1 and train.samples_drawn == train.batch_size:
             return step
         return (

@@ -28,7 +28,7 @@ def thumbnails(images: Tensor) -> Tensor:
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
-    """(N,) root mean square difference of each of a, b (N, ...), in the units of their space (pixels: 1 is black to white)."""
+    """(N,) root mean square difference of each of a, b (N, ...), in their space's units (pixels: 1 is black to white)."""
     difference = (a - b).flatten(1)
     return torch.linalg.vector_norm(difference, dim=1, dtype=torch.float64) / math.sqrt(difference.shape[1])
 

@@ -59,7 +59,7 @@ def _is_read_by_diffusers(path: Path) -> bool:
     """It loads nothing of PEFT's layout, and of kohya's alphas, which it takes for all layers', one."""
     lora = files.read(path)
     one = len({layer.alpha for layer in lora.layers.values()}) == 1
-    return lora.layout == "diffusers" or lora.layout != "peft" and one
+    return lora.layout == "diffusers" or (lora.layout != "peft" and one)
 
 
 def _vae(config: ModelConfig) -> str:
