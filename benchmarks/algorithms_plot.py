@@ -46,7 +46,9 @@ def draw(curves: Mapping[str, Sequence[Curve]], yardstick: Sequence[Mapping[str,
             if yardstick and x == "queries":
                 points = [each["points"] for each in yardstick]
                 xs = [point["n"] for point in points[0]]
-                mean = [statistics.fmean(values) for values in zip(*([p[y] for p in each] for each in points))]
+                mean = [
+                    statistics.fmean(values) for values in zip(*([p[y] for p in each] for each in points), strict=True)
+                ]
                 panel.plot(xs, mean, color="black", linestyle=":", marker=".", label="best of n, queries an image")
             panel.set_xscale("log")
             panel.set_xlabel(x_title)

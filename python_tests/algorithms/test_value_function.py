@@ -29,7 +29,7 @@ def test_published_sizes():
     expected = 17152 * 256 + 256 + 2 * (256 * 256 + 256) + 257 + 3 * 50 * 256
     assert sum(parameter.numel() for parameter in model.parameters()) == expected
     gates = torch.cat([gate.weight.flatten() for gate in model.gates])
-    assert 0 <= gates.min() and gates.max() < 1 and abs(gates.mean() - 0.5) < 0.01
+    assert gates.min() >= 0 and gates.max() < 1 and abs(gates.mean() - 0.5) < 0.01
     # Xavier: 2 / (fan in + fan out), and normal: a uniform one ends at sqrt 3 deviations.
     weight, variance = model.layers[0].weight, 2 / (17152 + 256)
     assert weight.var().item() == pytest.approx(variance, rel=0.01)

@@ -139,7 +139,7 @@ def test_a_transformer_without_text_is_refused_as_by_stock():
     for model in (stock, unet):
         try:
             errors.append(model(**arguments).sample)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             errors.append(type(error))
     assert errors[0] == errors[1] if isinstance(errors[0], type) else torch.allclose(*errors, rtol=1e-11)
     assert results(unet)["output"].shape == (2, 4, 8, 8)

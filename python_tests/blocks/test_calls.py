@@ -287,7 +287,7 @@ def test_a_block_called_by_itself(name, arguments):
     for model in (stock, unet):
         block = model.get_submodule(name)
         output = tensors(block(*called, **({"return_dict": False} if "attentions" in name else {})))[0]
-        leaves = [t for t in (*tensors(called), *block.parameters())]
+        leaves = [*tensors(called), *block.parameters()]
         outputs.append([output, *torch.autograd.grad(output, leaves, weights(output))])
     assert max(map(relative_error, *outputs)) <= 1e-11
 

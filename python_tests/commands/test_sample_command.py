@@ -1,6 +1,7 @@
 """`rftcore sample`: the images of diffusers' own pipeline, whatever the batch, and the mistakes of a user."""
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -257,7 +258,7 @@ def test_interpolation_between_two_loras(tmp_path, loras):
     (expected,) = by_diffusers(pipe, {"images": record["images"][2:3]}, steps=2).values()
     assert abs(found["00000-000-02.png"] - expected).max() <= 1
     steps = [found[f"00000-000-{column:02d}.png"] for column in range(5)]
-    assert min(abs(a - b).max() for a, b in zip(steps, steps[1:], strict=False)) > 3
+    assert min(abs(a - b).max() for a, b in itertools.pairwise(steps)) > 3
     two, _ = sample(tmp_path / "two", lora=arguments, interpolate=True, lora_scales=[0.5], **options)
     assert abs(two["00000-000-00.png"] - expected).max() <= 1
 

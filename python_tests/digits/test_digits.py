@@ -52,7 +52,7 @@ def test_judging_needs_no_scikit_learn():
 
 def test_unknown_attribute_is_named():
     with pytest.raises(AttributeError, match="'rewards'.*it has path, reward"):
-        digits.rewards
+        _ = digits.rewards
 
 
 def test_missing_pipeline_names_the_command(monkeypatch, tmp_path):

@@ -36,7 +36,7 @@ def content(path):
     """Metadata, and each tensor's dtype, shape and bytes: a header's order is by chance."""
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-        tensors = {key: file.get_tensor(key) for key in file.keys()}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     return metadata, {
         key: (value.dtype, value.shape, value.reshape(-1).view(torch.uint8).tolist()) for key, value in tensors.items()
     }

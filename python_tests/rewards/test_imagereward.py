@@ -118,7 +118,7 @@ def by_hand(tensors, image, ids):
     (picture,) = as_pil(image[None])
     short = min(picture.size)
     size = [SIDE * side // short for side in picture.size]
-    left, top = (int(round((side - SIDE) / 2)) for side in size)
+    left, top = (round((side - SIDE) / 2) for side in size)
     picture = picture.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + SIDE, top + SIDE))
     pixels = (np.asarray(picture, dtype=np.float64) / 255 - MEAN) / STD
     grid = SIDE // PATCH

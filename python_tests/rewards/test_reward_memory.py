@@ -11,8 +11,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 import rftcore
 from rftcore import published
-from rftcore.counting import PeakBytes
 from rftcore.commands.plan_reward import LARGE
+from rftcore.counting import PeakBytes
 from rftcore.rewards import declare
 from rftcore.rewards.clip import Clip
 

@@ -98,7 +98,8 @@ def test_reward_is_the_slow_computation(models, images):
     expected = [slow_recall(models["similarity"], *pair) for pair in zip(answers, PROMPTS, strict=True)]
     assert len(set(answers)) == 3 and all(answers)
     of_image = [
-        slow_recall(models["similarity"], said, f"the image of {asked}") for said, asked in zip(answers, PROMPTS)
+        slow_recall(models["similarity"], said, f"the image of {asked}")
+        for said, asked in zip(answers, PROMPTS, strict=True)
     ]
     torch.testing.assert_close(scores, torch.tensor(of_image), rtol=1e-4, atol=1e-5)
     assert scores.dtype == torch.float32 and not scores.requires_grad

@@ -82,7 +82,7 @@ def test_a_changed_scale_is_captured_anew(samplers, conditioning):
     for scale in (1.0, 1.0, 1.0, 0.25, 0.25, 0.25):
         for module in unet.modules():
             if hasattr(module, "scaling"):
-                module.scaling = {name: scale for name in module.scaling}
+                module.scaling = dict.fromkeys(module.scaling, scale)
         expected = [t.clone() for t in step(unet, plain, given, 0)]
         for ours, theirs in zip(step(unet, captured, given, 0), expected, strict=True):
             assert torch.equal(ours, theirs)

@@ -141,7 +141,9 @@ def test_arguments_of_a_plan(options, error, message, make_unet):
 
 
 CHANGES = {
-    "frozen weights of another dtype": lambda unet: [setattr(p, "data", p.data.bfloat16()) for p in unet.parameters() if not p.requires_grad],
+    "frozen weights of another dtype": lambda unet: [
+        setattr(p, "data", p.data.bfloat16()) for p in unet.parameters() if not p.requires_grad
+    ],
     "gradient checkpointing": lambda unet: unet.enable_gradient_checkpointing(),
     "a hook": lambda unet: unet.mid_block.register_forward_hook(lambda *_: None),
     "dropout": lambda unet: unet.train(),

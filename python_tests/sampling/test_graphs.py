@@ -475,7 +475,7 @@ def test_a_chain_that_waits_for_its_backward_keeps_its_graphs():
                     other = segments.begin()
                     assert other.plain
                     assert "waits for its backward pass" in other.reason
-                    assert_equal(toy(other, second), expected[1])  # noqa: B023
+                    assert_equal(toy(other, second), expected[1])
                 return super().run(name, work)
 
         run = segments.begin()

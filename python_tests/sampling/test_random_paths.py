@@ -235,11 +235,11 @@ def test_evaluations_are_the_counted_ones(guidance, make_unet, make_sampler, giv
     sampler = make_sampler(unet, guidance_scale=guidance)
     assert sampler.evaluations == 0 and sampler.branches == guidance
     # With a hook nothing can be predicted, and everything is replayed.
-    for sampler, path, evaluations in ((sampler, whole, 2 * STEPS), (sampler, stopped, 6),
-                                       (make_sampler(unet, guidance_scale=guidance, plan=half), whole, STEPS + 6)):  # fmt: skip
+    halved = make_sampler(unet, guidance_scale=guidance, plan=half)
+    for made, path, evaluations in ((sampler, whole, 2 * STEPS), (sampler, stopped, 6), (halved, whole, STEPS + 6)):
         rows.clear()
-        sampler(**given, gradient_path=path).latents.sum().backward()
-        assert sampler.evaluations * BATCH == sum(rows) == evaluations * guidance * BATCH
+        made(**given, gradient_path=path).latents.sum().backward()
+        assert made.evaluations * BATCH == sum(rows) == evaluations * guidance * BATCH
         with torch.no_grad():
-            sampler(**given, gradient_path=path)
-        assert sampler.evaluations == len(path.modes) * guidance
+            made(**given, gradient_path=path)
+        assert made.evaluations == len(path.modes) * guidance

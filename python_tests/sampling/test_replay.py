@@ -77,7 +77,7 @@ def test_dropout_of_rescored_steps_is_replayed(make_unet, make_scheduler, condit
     def gradients(steps_of_each_call):
         torch.manual_seed(3)
         log_probs = [sampler.log_prob(trajectory, steps, reference="exact") for steps in steps_of_each_call]
-        return torch.autograd.grad(sum(l.sum() + d.sum() for l, d in log_probs), parameters)
+        return torch.autograd.grad(sum(scores.sum() + d.sum() for scores, d in log_probs), parameters)
 
     # One step a call is plain autograd, three are replayed.
     assert_same(gradients([[0, 1, 2]]), gradients([[0], [1], [2]]), rtol=1e-10, atol=1e-13)

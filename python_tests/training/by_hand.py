@@ -362,7 +362,7 @@ class ByHand:
 
     def rwr_weights(self, rollout):
         train = self.config.train
-        groups = [[n for n in range(len(rollout))]]
+        groups = [list(range(len(rollout)))]
         if train.per_prompt:
             groups = [[n for n, (p, *_) in enumerate(rollout) if p == prompt] for prompt in {p for p, *_ in rollout}]
         weights = [0.0] * len(rollout)

@@ -14,7 +14,7 @@ def run(command):
     with contextlib.redirect_stderr(errors), contextlib.redirect_stdout(io.StringIO()):
         try:
             status = cli.main(command)
-        except Exception:
+        except Exception:  # noqa: BLE001
             traceback.print_exc()
             status = "traceback"
     return status, errors.getvalue()

@@ -29,7 +29,7 @@ def brightness(images, prompts, metadata=None):
 
 
 def train(algorithm, config, output_dir, *flags, kill_at=None, kill_after_s=None):
-    """Exit status, seconds and moments of a run: killed at that moment of it, or so many seconds after its folder was made."""
+    """Exit status, seconds and moments of a run, killed at that moment of it or so many seconds after its folder's."""
     pid = os.fork()
     if pid == 0:
         os._exit(_child(algorithm, config, output_dir, flags, kill_at))

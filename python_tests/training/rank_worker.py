@@ -81,7 +81,7 @@ def _child(rank, port, log, command, how):
     rank_worker.FAILURE["how"] = how
     try:
         return cli.main(command)
-    except Exception:
+    except Exception:  # noqa: BLE001
         import traceback
 
         traceback.print_exc()

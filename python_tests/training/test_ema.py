@@ -103,7 +103,9 @@ def test_what_is_saved_is_the_average_that_was_judged(model, averaged):
         assert [value.shape for value in layers(folder)] == [trainable[name].shape for name in sorted(trainable)]
         shadows = {tuple(value.flatten().tolist()) for value in state["shadow_params"]}
         assert {tuple(value.flatten().tolist()) for value in layers(folder)} == shadows
-        assert not all(torch.equal(value, trainable[name]) for value, name in zip(layers(folder), sorted(trainable)))
+        assert not all(
+            torch.equal(value, trainable[name]) for value, name in zip(layers(folder), sorted(trainable), strict=True)
+        )
     # Judged again by a run that averages nothing and takes no step.
     trainer = Trainer(config(model, averaged.parent / "judge", decay=None))
     loaded = dict(zip(sorted(trainable), layers(averaged), strict=True))

@@ -183,7 +183,10 @@ def test_disk_full_in_mid_save_is_told_and_leaves_the_earlier_checkpoints(model,
         return tiny.brightness(images, prompts)
 
     try:
-        for limit, name in ((9000, "checkpoint-5 could not be written"), (1, "metrics.jsonl could not be written")):
+        for limit, name in (  # noqa: B007  # the reward reads the limit
+            (9000, "checkpoint-5 could not be written"),
+            (1, "metrics.jsonl could not be written"),
+        ):
             shutil.rmtree(folder, ignore_errors=True)
             with pytest.raises(RunError, match=f"{name} .*File too large.*resume_from_checkpoint latest"):
                 Trainer(config(model, folder), reward=brightness).train()

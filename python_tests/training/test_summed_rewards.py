@@ -86,5 +86,7 @@ def test_a_reward_that_fails_in_a_run_says_what_was_saved(model, tmp_path, monke
             raise RewardSpecError("http://localhost:1 does not answer")
         return images.mean((1, 2, 3))
 
-    with pytest.raises(RunError, match=r"after step 2: http://localhost:1 does not answer\. .*checkpoint-2 is the last"):
+    with pytest.raises(
+        RunError, match=r"after step 2: http://localhost:1 does not answer\. .*checkpoint-2 is the last"
+    ):
         Trainer(tiny.config(model, tmp_path / "run", checkpointing_steps=1), reward=served).train()

@@ -97,7 +97,7 @@ def test_lora_file_loads_into_a_fresh_pipeline(finished, model):
         assert value.abs().sum() > 0
     with safe_open(folder / "pytorch_lora_weights.safetensors", "pt") as file:
         metadata = json.loads(file.metadata()["lora_adapter_metadata"])
-        assert all(name.startswith("unet.") and "lora" in name for name in file.keys())
+        assert all(name.startswith("unet.") and "lora" in name for name in file.keys())  # noqa: SIM118
     assert (metadata["unet.r"], metadata["unet.lora_alpha"]) == (2, 2)
 
 
