@@ -17,19 +17,10 @@ from benchmarks import harness
 from benchmarks.counts import Counts
 from benchmarks.memory import saved_bytes
 from benchmarks.shapes import ATTENTION
+from rftcore.bench.models import UNET_37M
 
+SHAPE = UNET_37M
 STOCK, CHECKPOINTING, AUTO = "stock", "gradient checkpointing", "accelerate, auto"
-
-
-# Of the UNet.
-SHAPE = {
-    "sample_size": 64,
-    "block_out_channels": (128, 256, 256),
-    "layers_per_block": 2,
-    "cross_attention_dim": 768,
-    "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-}
 
 
 def make_unet() -> UNet2DConditionModel:

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
 import gc
-import json
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.memory import PeakBytes
+from rftcore.bench import record
+from rftcore.bench.record import table
+
+__all__ = ["RESULTS", "Case", "command", "compare", "environment", "report", "table"]
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("torch", "diffusers", "transformers", "peft", "accelerate", "numpy", "rftcore")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,40 +76,22 @@ def compare(cases: Sequence[Case], *, repeats: int, warmup: int = 1, counted: bo
 
 def environment() -> dict[str, Any]:
     """Device, versions, threads and date of this run."""
-    return {
-        "date": datetime.date.today().isoformat(),
-        "command": " ".join(["python -m", _module_name(), *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {_cpu_name()}",
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in _PACKAGES},
-    }
+    return record.environment(command())
+
+
+def command() -> str:
+    """What this process was started by."""
+    return " ".join(["python -m", _module_name(), *sys.argv[1:]])
 
 
 def report(name: str, rows: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> Path:
     """Prints the rows as a table and writes them to `benchmarks/results/<name>.json`."""
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     content = {"environment": environment(), "settings": dict(settings), "rows": [dict(row) for row in rows]}
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    record.write(path, content)
     print(table(rows))
     print(f"written to {path.relative_to(RESULTS.parent.parent)}")
     return path
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
-    for row in rows:
-        lines.append("| " + " | ".join(_cell(row.get(name, "")) for name in names) + " |")
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    if not isinstance(value, float):
-        return str(value)
-    return f"{value:.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.3g}"
 
 
 def _synchronise() -> None:
@@ -121,12 +102,3 @@ def _synchronise() -> None:
 def _module_name() -> str:
     spec = sys.modules["__main__"].__spec__
     return spec.name if spec else sys.argv[0]
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()

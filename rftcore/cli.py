@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentError, ArgumentParser
 
 from rftcore import __version__
-from rftcore.commands import lora_options, plan_options, sample_options
+from rftcore.commands import bench_options, lora_options, plan_options, sample_options
 from rftcore.errors import Interrupted, RunError, UsageError, nearest
 from rftcore.prompts import PromptsError
 from rftcore.rewards import RewardSpecError
@@ -77,6 +77,10 @@ def _parser() -> ArgumentParser:
     plan = _subparser(plan_options.PlanOptions.__doc__)
     plan_options.add_options(plan)
     commands.add_subcommand("plan", plan, help="predict a chain's memory and FLOPs, on any machine, without weights")
+
+    bench = _subparser(bench_options.BenchOptions.__doc__)
+    bench_options.add_options(bench)
+    commands.add_subcommand("bench", bench, help="time and count ours beside stock diffusers and torch.compile")
 
     sample = _subparser(sample_options.SampleOptions.__doc__)
     sample_options.add_options(sample)
@@ -160,19 +164,26 @@ def _run(namespace) -> int:
     elif namespace.command == "configs":
         print(f"wrote {recipes.copy(namespace.configs.cp.name, namespace.configs.cp.target)}")
     elif namespace.command == "plan":
-        options = plan_options.PlanOptions(**namespace.plan.as_dict())
-        options.validate()
+        planned = plan_options.PlanOptions(**namespace.plan.as_dict())
+        planned.validate()
         _quieten_libraries()
         from rftcore.commands.plan import describe, predict
 
-        print(describe(options, predict(options)))
+        print(describe(planned, predict(planned)))
+    elif namespace.command == "bench":
+        compared = bench_options.BenchOptions(**namespace.bench.as_dict())
+        compared.validate()
+        _quieten_libraries()
+        from rftcore.commands.bench import run as run_bench
+
+        print(run_bench(compared))
     elif namespace.command == "sample":
-        options = sample_options.SampleOptions(**namespace.sample.as_dict())
-        options.validate()
+        sampled = sample_options.SampleOptions(**namespace.sample.as_dict())
+        sampled.validate()
         _quieten_libraries()
         from rftcore.commands.sample import sample
 
-        print(f"written to {sample(options)}")
+        print(f"written to {sample(sampled)}")
     elif namespace.command == "lora":
         _quieten_libraries()
         from rftcore.commands.lora import run

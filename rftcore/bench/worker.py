@@ -1,0 +1,193 @@
+"""A process that holds one method's models and runs it when told to: what it takes of memory is its own."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import gc
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+from rftcore.bench.counted import Counter, Impossible, problem_for
+from rftcore.bench.methods import Method
+from rftcore.bench.sides import Settled, Side, make_side
+from rftcore.commands.bench_options import DTYPES, BenchOptions
+from rftcore.sampling import Plan
+
+# Rows of the square matrices whose product is the ceiling: on a GPU the larger ones fill it.
+_CEILING_ROWS = {"cpu": 2048, "cuda": 8192}
+_CEILING_SECONDS = 1.0
+# Linux's, of a signal that comes when the parent ends.
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Failed:
+    """What came instead of an answer: a status for the row."""
+
+    status: str
+
+
+def serve(connection: Any, options: BenchOptions) -> None:
+    """Answers calls (name, arguments) of `Tasks` until the connection is closed."""
+    _prepare(options)
+    tasks = Tasks(options)
+    while True:
+        try:
+            name, arguments = connection.recv()
+        except (EOFError, OSError):
+            return
+        try:
+            answer = getattr(tasks, name)(*arguments)
+        except Impossible as reason:
+            answer = Failed(str(reason))
+        except Exception as error:  # noqa: BLE001  what a method cannot do is a result
+            answer = Failed(_status(error))
+        connection.send(answer)
+
+
+class Tasks:
+    """What a worker can be told, by name."""
+
+    def __init__(self, options: BenchOptions) -> None:
+        self._options = options
+        self._device = options.device
+        self._counter: Counter | None = None
+        self._side: Side | None = None
+
+    def count(self, method: Method, settled: Settled | None) -> dict[str, Any]:
+        return self._counted().count(method, settled)
+
+    def settle(self, method: Method, counted: Mapping[str, Mapping[str, Any]]) -> Settled:
+        return self._counted().settle(method, counted)
+
+    def prepare(self, method: Method, settled: Settled | None) -> int:
+        """Makes the models, warms up, and gives the bytes of the weights."""
+        problem = problem_for(method, self._options, self._device)
+        steps, count = self._options.steps, self._options.differentiated
+        warmup, work = self._options.warmup, self._options.work
+        # A step of each kind there is: without a gradient, and with one.
+        some = 1 + (work == "draft" and count < steps)
+        if warmup == "short" and work != "train_step" and steps > some:
+            side = make_side(method, problem, some, 1, _shortened(settled, some))
+            side.run(work, update=False)
+            warmup = "none"
+        self._side = make_side(method, problem, steps, count, settled)
+        if warmup != "none":
+            self._side.run(work, update=False)
+        return problem.weight_bytes
+
+    def run(self) -> dict[str, float]:
+        """Seconds of a run, and the MiB that it takes at its largest beyond what was there before."""
+        _trim()
+        on_gpu = self._device == "cuda"
+        if on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        else:
+            before = _fresh_rss()
+        start = time.perf_counter()
+        self._side.run(self._options.work)
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+        if on_gpu:
+            return {"seconds": seconds, "cuda_mib": (torch.cuda.max_memory_allocated() - before) / 2**20}
+        peak = _of_status("VmHWM")
+        _trim()
+        return {"seconds": seconds} | ({} if before is None else {"rss_mib": (peak - before) / 2**20})
+
+    def gradients(self) -> torch.Tensor:
+        """Of the LoRA, one after the other, in fp64; none are applied."""
+        self._side.run(self._options.work, update=False)
+        return torch.cat([p.grad.detach().double().flatten().cpu() for p in self._side.problem.trained])
+
+    def truth(self, method: Method) -> torch.Tensor:
+        """The gradients of a stock method in fp64, on the same weights."""
+        problem = problem_for(method, self._options, self._device, truth=True)
+        self._side = make_side(method, problem, self._options.steps, self._options.differentiated)
+        return self.gradients()
+
+    def ceiling(self) -> float:
+        """FLOP/s of a square matrix product of the frozen weights' dtype, the best of a second's."""
+        rows, dtype = _CEILING_ROWS[self._device], getattr(torch, DTYPES[self._options.dtype])
+        a, b = (torch.randn(rows, rows, device=self._device).to(dtype) for _ in range(2))
+        wait = torch.cuda.synchronize if self._device == "cuda" else (lambda: None)
+        a @ b
+        wait()
+        taken, end = [], time.perf_counter() + _CEILING_SECONDS
+        while not taken or time.perf_counter() < end:
+            start = time.perf_counter()
+            a @ b
+            wait()
+            taken.append(time.perf_counter() - start)
+        return 2 * rows**3 / min(taken)
+
+    def _counted(self) -> Counter:
+        if self._counter is None:
+            self._counter = Counter(self._options)
+        return self._counter
+
+
+def _prepare(options: BenchOptions) -> None:
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    for library in (diffusers, transformers):
+        library.utils.logging.set_verbosity_error()
+        library.utils.logging.disable_progress_bar()
+    # Whose run is killed does not run on.
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    # The first to go where the machine itself runs out.
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
+
+
+def _status(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        return f"OOM: {text}"[:300]
+    traceback.print_exc(file=sys.stderr)
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+def _shortened(settled: Settled | None, steps: int) -> Settled | None:
+    """Of a plan, its last step, as it keeps it, behind steps without a gradient."""
+    if settled is None or settled.plan is None:
+        return settled
+    stored = (None,) * (steps - 1) + settled.plan.stored[-1:]
+    plan: Plan = replace(settled.plan, stored=stored, differentiated=1, peak_bytes=0)
+    return replace(settled, plan=plan)
+
+
+def _trim() -> None:
+    """Gives freed bytes back, where the C library can."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _fresh_rss() -> int | None:
+    """Bytes of the process, whose largest is counted anew from here; None where the system cannot."""
+    _trim()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return None
+    return _of_status("VmRSS")
+
+
+def _of_status(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
