@@ -86,7 +86,7 @@ class Counter:
         Raises: Impossible where that cannot be held.
         """
         chained = self._options.work == "draft"
-        if method.budget == "all" or method.budget == LEAST:
+        if method.budget is None or method.budget in ("all", LEAST):
             budget = None
         elif method.budget in counted:
             if "peak_mib" not in counted[method.budget]:
@@ -108,16 +108,16 @@ class Counter:
     def _chain(self, method: Method, budget: int | None) -> Settled:
         planner = self._chains(method)
         found: dict[str, Plan] = {}
-        refusal: ValueError | None = None
+        refusals: list[ValueError] = []
         for level in ("block",) if method.budget == LEAST else _LEVELS:
             reserve = self._scored(method, level)[0]
             given = budget or (max(planner.least(reserve).values()) if method.budget == LEAST else _ALL)
             try:
                 found[level] = planner.plan(given, reserve)
             except ValueError as error:
-                refusal = error
+                refusals.append(error)
         if not found:
-            raise refusal
+            raise refusals[-1]
         level = min(found, key=lambda level: found[level].flops + self._scored(method, level)[1])
         plan = found[level] if budget else dataclasses.replace(found[level], budget=None)
         return Settled(plan=plan, unet="none", decoder=level, budget=budget)
@@ -128,8 +128,8 @@ class Counter:
                 problem = problem_for(method, self._options)
                 accelerate(problem.unet)
             denoiser, guidance = Denoiser(problem.unet), self._options.guidance_scale
-            told = Conditioning({name: tensor[:1] for name, tensor in problem.positive.items()})
-            told = denoiser.told(told, guidance).positive
+            row = Conditioning({name: tensor[:1] for name, tensor in problem.positive.items()})
+            told = denoiser.told(row, guidance).positive
             guided = denoiser.guided(guidance)
             size = problem.noise.shape[-1]
             simulation = Simulation(denoiser, told, size, size, guided=guided)
@@ -165,7 +165,7 @@ class Counter:
 class _Answers(TorchDispatchMode):
     """Says 1 where somebody asks what a tensor without data holds: that everything is finite."""
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.aten._local_scalar_dense.default:
             return {torch.bool: True}.get(args[0].dtype, 1.0 if args[0].is_floating_point() else 1)
         return function(*args, **(kwargs or {}))

@@ -103,7 +103,7 @@ def method(name: str) -> Method:
     made = Method(name, fp32_lora=kind == "fp32_lora", autocast=kind == "autocast")
     if kind == "compile":
         made = replace(made, compiled=float(share or 1.0))
-    return replace(made, **dict.fromkeys(suffixes, True))
+    return replace(made, steps="steps" in suffixes, blocks="blocks" in suffixes, images="images" in suffixes)
 
 
 def needed(chosen: list[Method]) -> list[Method]:

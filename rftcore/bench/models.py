@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,6 +96,7 @@ class Problem:
         noise: (B, 4, h, w), fp32, or fp64 from fp64 models.
         positive, negative: what the UNet is told in the two branches, by the names of `rftcore.sampling`.
         reward: (images (B, 3, H, W), prompts, metadata) -> (B,).
+        dtype: that the weights were drawn in, and that autocast has.
     """
 
     unet: UNet2DConditionModel
@@ -105,8 +106,9 @@ class Problem:
     positive: dict[str, Tensor]
     negative: dict[str, Tensor]
     prompts: list[str]
-    reward: Any
+    reward: Callable[..., Tensor]
     guidance_scale: float
+    dtype: torch.dtype
 
     @property
     def trained(self) -> list[nn.Parameter]:
@@ -136,7 +138,9 @@ def make(
     parts, fake = shapes(name), _faked()
     adapter = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(published.ATTENTION))
     size = (resolution or parts.scale * parts.unet["sample_size"]) // parts.scale
-    prompts, reward, told = [""] * batch, brightness, None
+    prompts: list[str] = [""] * batch
+    reward: Callable[..., Tensor] = brightness
+    told: list[dict[str, Tensor]] | None = None
     torch.manual_seed(0)
     if fake:
         unet, vae = _without_data(parts, adapter, base, lora)
@@ -164,13 +168,14 @@ def make(
         told = [{key: torch.randn(meta.shape) for key, meta in like.items()} for _ in range(2)]
     state = torch.promote_types(base, torch.float32)
     positive, negative = ({key: t.to(device, dtype).to(base) for key, t in group.items()} for group in told)
-    scheduler = DDIMScheduler.from_config(dict(parts.scheduler))
+    with _disable_current_modes():
+        scheduler = DDIMScheduler.from_config(dict(parts.scheduler))
     if base is torch.float64:
         # A step forms its coefficients in the table's dtype.
         scheduler.alphas_cumprod = scheduler.alphas_cumprod.double()
         scheduler.final_alpha_cumprod = scheduler.final_alpha_cumprod.double()
     noise = noise.to(device, state)
-    return Problem(unet, vae, scheduler, noise, positive, negative, prompts, reward, guidance_scale)
+    return Problem(unet, vae, scheduler, noise, positive, negative, prompts, reward, guidance_scale, dtype)
 
 
 def brightness(images: Tensor, prompts: Sequence[str] = (), metadata: object = None) -> Tensor:

@@ -63,7 +63,7 @@ def _beats(a: Row, b: Row) -> bool:
 
 
 def _within(other: Row, ours: Sequence[Row]) -> dict[str, Any] | None:
-    found = [row for row in _comparable(other, ours)]
+    found = list(_comparable(other, ours))
     if not found:
         return None
     best = min(found, key=lambda row: row["median_s"])

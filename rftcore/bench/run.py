@@ -165,6 +165,8 @@ class _Run:
         if self._options.count_only and each.compiled is not None:
             row["status"] = "compiled code's operations are not counted"
         row |= self._counted.get(each.name, {})
+        if self._options.count_only and "uncounted" in row:
+            row["status"] = row.pop("uncounted")
         settled = self._settled.get(each.name)
         if settled is not None and settled.budget is not None:
             row["budget_mib"] = settled.budget / 2**20

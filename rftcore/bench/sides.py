@@ -7,11 +7,12 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.checkpoint import checkpoint
 
 import rftcore
@@ -42,6 +43,15 @@ class Settled:
     decoder: str | None = None
     unet_bytes: int | None = None
     budget: int | None = None
+
+
+class Step(NamedTuple):
+    """A step with noise: the next state, its log-probability (B,), and the Gaussian it was drawn from."""
+
+    next_x: Tensor
+    log_prob: Tensor
+    mean: Tensor
+    sigma: float
 
 
 class Side:
@@ -103,7 +113,7 @@ class Side:
             advantages = standardised(self.rewards(latents))
         for step in range(self.steps):
             log_prob, divergence = self.log_prob(step, reference)
-            if reference is None:
+            if divergence is None:
                 loss = ddpo.importance_sampling(log_prob, old[:, step], advantages)
             else:
                 weights = (REWARD_WEIGHT, KL_WEIGHT)
@@ -141,10 +151,10 @@ class Side:
             )[0]
         return output.to(x.dtype)
 
-    def _autocast(self) -> contextlib.AbstractContextManager:
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if not self.method.autocast:
             return contextlib.nullcontext()
-        return torch.autocast(self.problem.noise.device.type, torch.bfloat16)
+        return torch.autocast(self.problem.noise.device.type, self.problem.dtype)
 
 
 class Stock(Side):
@@ -155,8 +165,10 @@ class Stock(Side):
         if method.compiled is not None:
             torch._functorch.config.activation_memory_budget = method.compiled
             problem.unet.compile(dynamic=False)
-        self._scheduler = copy.deepcopy(problem.scheduler)
-        self._scheduler.set_timesteps(steps)
+        # Its table has numbers, whatever the models' tensors have.
+        with _disable_current_modes():
+            self._scheduler = copy.deepcopy(problem.scheduler)
+            self._scheduler.set_timesteps(steps)
         # For the UNet on its device; the scheduler's table is on the CPU.
         self._times = [(t.to(problem.noise.device), t) for t in self._scheduler.timesteps]
         self._states: list[Tensor] = []
@@ -178,22 +190,23 @@ class Stock(Side):
     def rollout(self) -> tuple[Tensor, Tensor]:
         self._states, log_probs = [self.problem.noise], []
         for t, time in self._times:
-            x, scores = self._noisy_step(self._guided(self._states[-1], t), time, self._states[-1])[:2]
-            self._states.append(x)
-            log_probs.append(scores)
-        return x, torch.stack(log_probs, 1)
+            step = self._noisy_step(self._guided(self._states[-1], t), time, self._states[-1])
+            self._states.append(step.next_x)
+            log_probs.append(step.log_prob)
+        return self._states[-1], torch.stack(log_probs, 1)
 
     def log_prob(self, step: int, reference: str | None) -> tuple[Tensor, Tensor | None]:
         (t, time), x, next_x = self._times[step], *self._states[step : step + 2]
-        _, scores, mean, sigma = self._noisy_step(self._guided(x, t), time, x, next_x)
+        taken = self._noisy_step(self._guided(x, t), time, x, next_x)
         if reference is None:
-            return scores, None
+            return taken.log_prob, None
         with torch.no_grad(), adapters_off(self.problem.unet):
-            base = self._noisy_step(self._guided(x, t), time, x, next_x)[2]
-        return scores, ((mean - base).square() / (2 * sigma**2)).flatten(1).mean(1)
+            base = self._noisy_step(self._guided(x, t), time, x, next_x).mean
+        divergence = (taken.mean - base).square() / (2 * taken.sigma**2)
+        return taken.log_prob, divergence.flatten(1).mean(1)
 
-    def _noisy_step(self, output: Tensor, time: Tensor, x: Tensor, next_x: Tensor | None = None):
-        """A step of DDIM with eta = 1, drawn or given: next state, log-probability (B,), mean and sigma.
+    def _noisy_step(self, output: Tensor, time: Tensor, x: Tensor, next_x: Tensor | None = None) -> Step:
+        """A step of DDIM with eta = 1, drawn or given.
 
         Source: Song et al. 2021 (DDIM), eq. 12 and 16; the last step ends on the table's first entry (ddpo-pytorch).
         """
@@ -212,7 +225,7 @@ class Stock(Side):
             # The same numbers in every precision.
             next_x = mean + sigma * randn_tensor(x.shape, device=x.device, dtype=torch.float32).to(x)
         scores = -((next_x - mean) ** 2) / (2 * sigma**2) - math.log(sigma) - 0.5 * math.log(2 * math.pi)
-        return next_x, scores.flatten(1).mean(1), mean, sigma
+        return Step(next_x, scores.flatten(1).mean(1), mean, sigma)
 
     def _guided(self, x: Tensor, t: Tensor) -> Tensor:
         scale = self.problem.guidance_scale
@@ -267,10 +280,11 @@ class Ours(Stock):
         return self._differentiable.plan
 
     def _sampler(self, **options: Any) -> rftcore.CheckpointedSampler:
-        return rftcore.CheckpointedSampler(
-            self.problem.unet, self.problem.scheduler, num_inference_steps=self.steps,
-            guidance_scale=self.problem.guidance_scale, **options,
-        )  # fmt: skip
+        with _disable_current_modes():
+            return rftcore.CheckpointedSampler(
+                self.problem.unet, self.problem.scheduler, num_inference_steps=self.steps,
+                guidance_scale=self.problem.guidance_scale, **options,
+            )  # fmt: skip
 
     def chain(self) -> Tensor:
         if not self.method.sampler:
@@ -293,7 +307,9 @@ class Ours(Stock):
     def rewards(self, latents: Tensor) -> Tensor:
         if not self.method.score:
             return super().rewards(latents)
-        return rftcore.score(self.problem.vae, latents, self.problem.reward, self.problem.prompts)
+        rewards = rftcore.score(self.problem.vae, latents, self.problem.reward, self.problem.prompts)
+        assert isinstance(rewards, Tensor)  # without stats
+        return rewards
 
 
 def make_side(

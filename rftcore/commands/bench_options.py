@@ -80,7 +80,7 @@ class BenchOptions:
         if self.work in ("ddpo", "dpok") and self.batch == 1:
             found.append(f"--batch 1 with --work {self.work}: advantages compare samples; give at least 2")
         count = self.differentiated
-        if count is None or not 1 <= count <= self.steps:
+        if not 1 <= count <= self.steps:
             found.append(f"--backprop_steps {self.backprop_steps} must be all or lie in [1, {self.steps}], of --steps")
         if not math.isfinite(self.guidance_scale):
             found.append(f"--guidance_scale {self.guidance_scale} must be a finite number; 1.0 is no guidance")
@@ -89,11 +89,11 @@ class BenchOptions:
         return found
 
     @property
-    def differentiated(self) -> int | None:
-        """K; None for a text that is no number."""
+    def differentiated(self) -> int:
+        """K; 0 for a text that is no number."""
         if self.backprop_steps == "all":
             return self.steps
-        return int(self.backprop_steps) if self.backprop_steps.isdigit() else None
+        return int(self.backprop_steps) if self.backprop_steps.isdigit() else 0
 
     @property
     def images(self) -> int:
