@@ -4,7 +4,7 @@ VENV := .venv
 # Written when the package is installed; what compiled code and dependencies are made from makes it old.
 INSTALLED := $(VENV)/.rftcore-installed
 
-.PHONY: setup demo test test-all docs build clean
+.PHONY: setup demo test test-all docs lint types build wheel-check clean
 
 setup: $(INSTALLED)
 
@@ -12,6 +12,13 @@ setup: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[digits,tensorboard,test]"
+	touch $@
+
+# What looks at the code, and what builds it for others.
+CODE := rftcore kernels python_tests benchmarks examples docs .ci
+DEVELOPED := $(VENV)/.rftcore-developed
+$(DEVELOPED): $(INSTALLED)
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 # LoRA on the shipped digits pipeline against its reward, to the table of before and after.
@@ -33,10 +40,22 @@ test-all: setup
 docs: setup
 	$(VENV)/bin/python -m sphinx -W --keep-going -n -q -b html docs build/docs
 
-# A wheel in dist/, made as pip makes it: in an environment of its own.
-build: setup
-	$(VENV)/bin/python -m pip wheel --no-deps --wheel-dir dist .
+# Style: rules and format are in pyproject.toml.
+lint: $(DEVELOPED)
+	$(VENV)/bin/ruff check $(CODE)
+	$(VENV)/bin/ruff format --check $(CODE)
+
+types: $(DEVELOPED)
+	$(VENV)/bin/mypy
+
+# An sdist and a wheel in dist/, each made in an environment of its own, the wheel of the sdist.
+build: $(DEVELOPED)
+	$(VENV)/bin/python -m build
+
+# The same without nvcc, installed into an environment of its own and used elsewhere.
+wheel-check: $(DEVELOPED)
+	.ci/wheel-check $(VENV)/bin/python
 
 clean:
-	rm -rf build dist .pytest_cache .hypothesis $(INSTALLED)
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis $(INSTALLED) $(DEVELOPED)
 	find rftcore kernels python_tests -name __pycache__ -prune -exec rm -rf {} +
