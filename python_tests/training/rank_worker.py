@@ -16,6 +16,7 @@ import torch
 
 from rftcore import cli
 from rftcore.rewards import declare
+from rftcore.training import Trainer  # noqa: F401  Imported here, it is not imported again in each fork.
 
 # What fails is chosen in the forks alone.
 FAILURE = {"how": None, "rank": 1, "calls": 0}

@@ -1,19 +1,22 @@
 """What fails on one of two processes ends both, with the reason, and a resumed run on two is the one that did not fail."""
 
+import gc
 import json
 import os
 import signal
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import tiny
 import yaml
 from same_run import assert_same_run
+from torch import distributed
 
 from rftcore.training import UsageError
-from rftcore.training.ranks import check_joined
+from rftcore.training.ranks import check_joined, end
 
 HERE = Path(__file__).parent
 ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parents[1]}", "OMP_NUM_THREADS": "1"}
@@ -68,3 +71,12 @@ def test_processes_that_did_not_join_are_told(monkeypatch):
     alone = type("Alone", (), {"num_processes": 1})
     with pytest.raises(UsageError, match="started 2 processes .*joined none.*ACCELERATE_USE_CPU=true"):
         check_joined(alone)
+
+
+def test_the_group_outlives_the_run():
+    """Its destructor joins gloo's threads; under the interpreter's lock, which DDP holds, one may wait for that lock."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    group = weakref.ref(distributed.group.WORLD)
+    end(type("Alone", (), {"end_training": staticmethod(distributed.destroy_process_group)}))
+    gc.collect()
+    assert not distributed.is_initialized() and group() is not None

@@ -21,6 +21,7 @@ from rftcore.training.config import RunConfig
 from rftcore.training.epoch_log import EpochLog
 from rftcore.training.evaluation.validation import Mean
 from rftcore.training.guards import check_everything_learns
+from rftcore.training.ranks import end
 from rftcore.training.trainer import Trainer
 
 
@@ -85,7 +86,7 @@ def check(
         figures = _Measurement(trainer, Path(folder), time.perf_counter() - started).run()
     if trainer.accelerator.is_main_process:
         print(report(config, figures), flush=True)
-    trainer.accelerator.end_training()
+    end(trainer.accelerator)
     if figures.broken is not None:
         raise RunError(figures.broken)
     return figures

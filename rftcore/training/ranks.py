@@ -1,4 +1,4 @@
-"""One process's failure is told to the others: they end with its reason, and wait for nobody who will not come."""
+"""Processes end together: one's failure is told to the others, and none waits for what will not come."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from torch import distributed
 from rftcore.errors import Interrupted, RunError, UsageError
 
 _KEY = "rftcore/failure"
+# DDP lets go of its group without giving up the interpreter's lock. As the group's last owner it would join gloo's
+# threads, and one that still holds a tensor of Python's waits for the lock: that process would never end.
+_LEFT: list[distributed.ProcessGroup] = []
 
 
 def check_joined(accelerator: Accelerator) -> None:
@@ -22,6 +25,13 @@ def check_joined(accelerator: Accelerator) -> None:
             f"the launcher started {launched} processes (WORLD_SIZE={launched}), and accelerate joined none of them: "
             "each would write the same run. Without a GPU set ACCELERATE_USE_CPU=true, or start one process"
         )
+
+
+def end(accelerator: Accelerator) -> None:
+    """Closes the trackers and leaves the group of processes."""
+    if distributed.is_initialized():
+        _LEFT.append(distributed.group.WORLD)
+    accelerator.end_training()
 
 
 @contextmanager

@@ -43,7 +43,7 @@ from rftcore.training.interruption import StopRequest
 from rftcore.training.methods import METHODS, Update
 from rftcore.training.optimization import LossScaling
 from rftcore.training.progress_bar import ProgressBar
-from rftcore.training.ranks import check_joined, failing_together
+from rftcore.training.ranks import check_joined, end, failing_together
 from rftcore.training.run_directory import CONFIG, RunDirectory
 
 
@@ -400,7 +400,7 @@ class Trainer:
             if self.accelerator.is_main_process:
                 with self.trained.averaged():
                     weights.save(self.engine.model, self.directory.path)
-            self.accelerator.end_training()
+            end(self.accelerator)
             raise Interrupted(number, str(path))
 
     @of_averaged_weights
@@ -415,7 +415,7 @@ class Trainer:
             if self.config.push_to_hub:
                 print(hub.push(self.config), flush=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.end_training()
+        end(self.accelerator)
         return figures
 
     def _sweep(self) -> Sweep | None:
