@@ -41,9 +41,18 @@ def test_what_has_no_time_left_says_so(run, tmp_path):
 
 
 def test_the_table_of_winners_can_be_read(run, tmp_path):
-    run(tune, "--out", str(tmp_path))
+    run(tune, "--only", "geglu", "--out", str(tmp_path))
     winners = measured.read(tmp_path / "cpu.json")
     assert winners["geglu"]["torch.float16 8 x 64"].backend == "cpu"
+
+
+def test_the_table_of_winners_names_every_op(run, tmp_path, monkeypatch):
+    """Each under a key of its own shape and dtype; nothing is timed."""
+    monkeypatch.setattr(tune, "trials", lambda workload, *others: [tune.Trial("cpu", 1e-6)])
+    run(tune, "--out", str(tmp_path))
+    winners = measured.read(tmp_path / "cpu.json")
+    counts = {op: len(entries) for op, entries in winners.items()}
+    assert counts == dict.fromkeys(("group_norm_silu", "geglu", "gated_linear"), 2) | {"lora_linear": 4, "attention": 4}
 
 
 def test_candidates_are_tile_sizes_of_kernels_that_exist():
