@@ -11,11 +11,16 @@ from pathlib import Path
 from unittest import SkipTest
 
 import pytest
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import convert_state_dict_to_diffusers
 from pages import ROOT, label, names, pages
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from sybil import Sybil
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.myst import CodeBlockParser, SkipParser
 
+import rftcore
 from rftcore import cli
 from rftcore.errors import UsageError
 from rftcore.training import load_config
@@ -95,9 +100,21 @@ SYBIL = Sybil(
 PAGES = [page for page in pages() if page.exists() and re.search(r"^ *```(python|sh|yaml)$", page.read_text(), re.M)]
 
 
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory):
+    """What the quickstart's first run leaves for diffusers, untrained."""
+    folder = tmp_path_factory.mktemp("runs")
+    unet = UNet2DConditionModel.from_pretrained(rftcore.digits.path(), subfolder="unet")
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"]))
+    lora = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    StableDiffusionPipeline.save_lora_weights(folder / "first", unet_lora_layers=lora)
+    return folder
+
+
 @pytest.mark.parametrize("page", PAGES, ids=label)
-def test_blocks(page, tmp_path, monkeypatch):
+def test_blocks(page, tmp_path, monkeypatch, first_run):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to(first_run)
     document = SYBIL.parse(page)
     if "```python" in document.text:
         document.namespace.update(names())
