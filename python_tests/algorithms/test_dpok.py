@@ -98,3 +98,11 @@ def test_what_is_wrong_is_named():
         value_loss(log_prob.reshape(2, 1), A)
     with pytest.raises(ValueError, match="v carries no gradient"):
         value_loss(A, A)
+
+
+def test_value_loss_has_the_values_dtype():
+    """Rewards come in whatever dtype their model has."""
+    v = torch.tensor([2.0, 1.0], requires_grad=True)
+    for dtype in (torch.float64, torch.bfloat16, torch.int64):
+        loss = value_loss(v, torch.tensor([1, 4], dtype=dtype))
+        assert loss.dtype == torch.float32 and loss.item() == 5.0

@@ -273,3 +273,11 @@ def test_errors_name_the_argument_and_what_is_allowed(shapes, dtypes, message):
     with pytest.raises(ValueError) as error:
         attention(*(torch.zeros(s, dtype=d) for s, d in zip(shapes, dtypes, strict=True)))
     assert message in str(error.value)
+
+
+def test_forward_and_backward_check_their_inputs_too():
+    q, k = torch.zeros(1, 2, 3, 4), torch.zeros(1, 1, 5, 4)
+    with pytest.raises(ValueError, match=r"k is \(1, 1, 5, 4\)"):
+        attention_forward(q, k, k)
+    with pytest.raises(ValueError, match=r"k is \(1, 1, 5, 4\)"):
+        attention_backward(q, q, k, k, q, q[..., 0])

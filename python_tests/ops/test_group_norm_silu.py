@@ -296,3 +296,13 @@ def test_functorch_is_served_by_the_reference(backend):
     mapped = torch.func.vmap(lambda x: group_norm_silu(x, weight, bias, 3, EPS))(x)
     expected = torch.stack([group_norm_silu(s, weight, bias, 3, EPS, backend=backend) for s in x])
     torch.testing.assert_close(mapped, expected)
+
+
+@pytest.mark.parametrize("activation", ["silu", None])
+def test_pytorchs_operations_round_to_the_widest_dtype(activation):
+    """A bf16 input and fp32 parameters: everything in fp32, and rounded once."""
+    x, weight, bias = torch.randn(2, 8, 5, 5).bfloat16(), torch.randn(8), torch.randn(8)
+    y = torch.nn.functional.group_norm(x.float(), 4, weight, bias, 1e-5)
+    y = torch.nn.functional.silu(y) if activation else y
+    ours = group_norm_silu(x, weight, bias, 4, 1e-5, activation=activation, backend="torch")
+    assert torch.equal(ours, y.bfloat16())

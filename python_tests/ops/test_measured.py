@@ -63,3 +63,28 @@ def test_committed_tables_name_ops_and_backends_that_exist():
                 assert won.backend in OPS[name].not_supported_reasons
                 for kernel, sizes in won.config.items():
                     jit.config(kernel, measured.Winner("triton", {kernel: sizes}))
+
+
+def test_the_table_of_an_architecture_is_its_file(monkeypatch, tmp_path):
+    monkeypatch.setattr(measured, "_TABLES", tmp_path)
+    rows = {"op": {"key": {"backend": "fast"}, "other": {"backend": "slow", "config": {"kernel": {"rows": 2}}}}}
+    (tmp_path / "sm_test.json").write_text(json.dumps({"winners": rows}))
+    found = measured.table.__wrapped__("sm_test")
+    assert found == {"op": {"key": ("fast", {}), "other": ("slow", {"kernel": {"rows": 2}})}}
+    assert measured.table.__wrapped__("sm_without_a_file") == {}
+
+
+def test_on_a_cpu_nothing_was_measured():
+    assert measured.winner("geglu", "any", torch.device("cpu")) is None
+    if not torch.cuda.is_available():
+        assert measured.architecture(torch.device("cuda")) == "unknown"
+
+
+def test_who_listens_hears_which_kernels_were_asked_for():
+    with measured.asked() as outer:
+        measured.tile_sizes("first", None)
+        with measured.asked() as inner:
+            assert measured.tile_sizes("second", measured.Winner("b", {"second": {"rows": 4}})) == {"rows": 4}
+        measured.tile_sizes("third", None)
+    measured.tile_sizes("fourth", None)
+    assert (outer, inner) == ({"first", "second", "third"}, {"second"})

@@ -489,3 +489,13 @@ def test_an_explicit_backend_that_cannot_serve_says_why():
         sampler_step(x, m, c, backend="cuda")
     with pytest.raises(RuntimeError, match="sample is on meta"):
         sampler_step(x.to("meta"), m.to("meta"), c.to("meta"), backend="cpu")
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_one_row_serves_every_sample(backend, guided):
+    """(9,), (1, 9) and (B, 9) of equal rows are the same coefficients, for results and gradients."""
+    x, m, c = make_inputs((3, 5), guided=guided, rows=False)
+    grads = [torch.randn_like(x), *torch.randn(2, 3, dtype=torch.float64)]
+    options = {"reference_output": torch.randn_like(m), "divergence": "exact", "backend": backend}
+    one, row, rows = (run(sampler_step, x, m, grads, form, **options) for form in (c, c[None], c.repeat(3, 1)))
+    assert all(map(torch.equal, row, one)) and all(map(torch.equal, rows, one))
