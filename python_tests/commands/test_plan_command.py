@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-import time
 
 import pytest
 from models import save_configs, text_unet
@@ -26,10 +25,8 @@ def predicted(pipeline, **options):
     return predict(PlanOptions(**{"model": str(pipeline), "device_memory": "20MiB", "steps": 6, **options}))
 
 
-def test_help_is_quick_and_imports_no_torch():
-    start = time.perf_counter()
+def test_help_imports_no_torch():
     help_ = rftcore("--help")
-    assert time.perf_counter() - start < 3
     assert help_.returncode == 0 and "--device-memory" in help_.stdout
     check = "import sys, rftcore.cli; rftcore.cli._parser(); assert 'torch' not in sys.modules"
     assert subprocess.run([sys.executable, "-c", check]).returncode == 0
