@@ -70,6 +70,8 @@ def test_trl_trainers_sample_by_the_sampler(tmp_path):
         pytest.skip(str(error))
     for trainer in ("alignprop", "ddpo"):
         arguments = [f"--trainer={trainer}", "--num_steps=4", "--batch_size=2", "--epochs=2", "--learning_rate=1e-2"]
-        means = trl_trainer.main(trl_trainer.options([*arguments, f"--output_dir={tmp_path}/{trainer}", "--reward=brightness"]))
+        means = trl_trainer.main(
+            trl_trainer.options([*arguments, f"--output_dir={tmp_path}/{trainer}", "--reward=brightness"])
+        )
         assert len(means) == 2 and means[0] != means[1]
         AcceleratorState._reset_state(reset_partial_state=True)
