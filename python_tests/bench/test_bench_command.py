@@ -1,5 +1,7 @@
 """`rftcore bench` as a user calls it, its JSON, and the committed matrix that is made with it."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -8,6 +10,7 @@ import pytest
 
 from benchmarks import side_by_side, side_by_side_plot
 from benchmarks.algorithms_plot import why_not
+from rftcore import cli
 from rftcore.bench.run import Result, bench
 from rftcore.commands.bench import run, text
 from rftcore.commands.bench_options import BenchOptions
@@ -54,18 +57,24 @@ def test_an_output_that_is_a_folder_is_refused_before_anything_runs(tmp_path):
         run(BenchOptions(model="tiny", output=str(tmp_path)))
 
 
+def test_a_mistake_is_one_line_and_status_two():
+    asked = [sys.executable, "-m", "rftcore", "bench", "--method", "stock", "--model", "digits"]
+    done = subprocess.run(asked, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("rftcore: error: ")
+    assert "'--methods'" in done.stderr
+
+
 @pytest.fixture(scope="module")
 def by_command(tmp_path_factory):
-    """What the command printed, and its JSON."""
+    """What the command prints, and its JSON."""
     output = tmp_path_factory.mktemp("bench") / "folder" / "out.json"
     asked = ["--model", "tiny", "--work", "train_step", "--methods", "stock,fp32_lora,rftcore,rftcore@1KiB"]
-    done = subprocess.run(
-        [sys.executable, "-m", "rftcore", "bench", *asked, "--repeats", "2", "--threads", "1", "--output", str(output)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout, json.loads(output.read_text())
+    asked += ["--repeats", "2", "--threads", "1", "--output", str(output)]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(sys, "argv", ["rftcore", "bench", *asked])
+        assert cli.main() == 0
+    return printed.getvalue(), json.loads(output.read_text())
 
 
 def test_the_command_prints_a_table_and_writes_it(by_command):
