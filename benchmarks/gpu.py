@@ -84,7 +84,8 @@ def measure(workload: Workload, ceiling, device, repeats, compiled, deadline) ->
         least = floor(work, ceiling)
         rows.append(
             {
-                "op": workload.op, "shape": workload.shape, "pass": which, "candidate": name, "us": 1e6 * taken, "captured": captured,
+                "op": workload.op, "shape": workload.shape, "pass": which, "candidate": name,
+                "us": 1e6 * taken, "captured": captured,
                 "GB/s": work.bytes / taken / 1e9, "TFLOP/s": work.flops / taken / 1e12, "of_floor": least / taken,
             }
         )  # fmt: skip

@@ -57,8 +57,8 @@ def _timed(call: Callable[[], object], device: torch.device, repeats: int, floor
     with PeakBytes() as counted:
         call()
     return {
-        "captured_ms": 1e3 * captured if is_captured else "not captured", "eager_ms": 1e3 * eager, "of_floor": floor / captured,
-        "peak_mib": counted.peak / 2**20,
+        "captured_ms": 1e3 * captured if is_captured else "not captured", "eager_ms": 1e3 * eager,
+        "of_floor": floor / captured, "peak_mib": counted.peak / 2**20,
     }  # fmt: skip
 
 

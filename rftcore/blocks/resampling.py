@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor
@@ -29,16 +31,15 @@ def forward_up(
     block: Upsample2D,
     place: Place,
     hidden_states: Tensor,
-    output_size: int | tuple[int, int] | None = None,
+    output_size: Sequence[int] | None = None,
     *args,
     **kwargs,
 ):
     """In place of Upsample2D.forward."""
     b = place.builder("hidden_states")
-    size = (output_size, output_size) if isinstance(output_size, int) else output_size
     try:
         _check(block, Upsample2D, hidden_states, args, kwargs)
-        write_up(b, block, None if size is None else (size[0], size[1]))
+        write_up(b, block, None if output_size is None else (output_size[0], output_size[1]))
     except Unserved as reason:
         refusal = str(reason)
     else:

@@ -133,12 +133,7 @@ def _by_torch(x, weight, bias, channel_bias, scale, shift, num_groups, eps, silu
 _CHAINS = {"torch": _by_torch, "reference": group_norm_silu_reference}
 
 
-def bytes_moved(x: Tensor, backward: bool = False) -> int:
-    """What a pass over x has to move: it reads x and writes y, or reads x and grad_y and writes grad_x.
 
-    Units: bytes. Vectors, some values per channel, are not counted, and neither is what a second pass reads again.
-    """
-    return (3 if backward else 2) * x.numel() * x.element_size()
 
 
 class _GroupNormSiLU(torch.autograd.Function):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import cast
 
 from accelerate import Accelerator
 from torch import distributed
@@ -30,7 +31,7 @@ def check_joined(accelerator: Accelerator) -> None:
 def end(accelerator: Accelerator) -> None:
     """Closes the trackers and leaves the group of processes."""
     if distributed.is_initialized():
-        _LEFT.append(distributed.group.WORLD)
+        _LEFT.append(cast(distributed.ProcessGroup, distributed.group.WORLD))
     accelerator.end_training()
 
 
