@@ -40,7 +40,9 @@ def names():
         "torch": torch,
         "rftcore": rftcore,
         "LoraConfig": LoraConfig,
-        "unet": text_unet(),
+        "unet": text_unet(
+            block_out_channels=(8,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",)
+        ),
         "vae": vae.requires_grad_(False),
         "scheduler": DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False),
         "prompts": ["a handwritten seven", "the digit two"],
