@@ -335,3 +335,12 @@ def test_a_callers_autocast_is_not_that_of_a_rewards_backward():
             rewards = rftcore.score(None, piece, reward, ["a", "b"])
         found.append(torch.autograd.grad(rewards.sum(), piece)[0])
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_one_image_is_a_batch_and_none_is_not(gradient):
+    latents = torch.full((1, 3, 2, 2), 0.5, requires_grad=gradient)
+    rewards = rftcore.score(None, latents, lambda images, *_: images.mean((1, 2, 3)), ["x"])
+    assert rewards.tolist() == [0.75] and rewards.requires_grad == gradient
+    with pytest.raises(ValueError, match="latents holds no images"):
+        rftcore.score(None, latents[:0], lambda images, *_: images.mean((1, 2, 3)), [])
