@@ -18,7 +18,8 @@ def resolve(path: str) -> Any:
     keeps its own error: that one is the module's, not the path's.
     """
     module_name, separator, name = path.partition(":") if ":" in path else path.rpartition(".")
-    if not (separator and module_name and name):
+    # One that begins with a dot is relative, and there is nothing here that it would be relative to.
+    if not (separator and module_name and name) or module_name.startswith("."):
         raise DottedPathError(f"{path!r} is not of the form module.name")
     try:
         module = import_module(module_name)

@@ -93,11 +93,23 @@ def test_json_lines_of_another_key(write):
         ("a.json", '["a cat", 3]', "", 'entry 2: an object with a string under "prompt"'),
         ("a.txt", "a cat\n", ":prompt", "a .txt file has no columns"),
         ("a.csv", "prompt\na cat\n", ":", "no columns ''"),
+        ("a.json", "[" * 3000, "", "a.json: JSON that is not read .it is nested more than 100 deep"),
+        ("a.jsonl", f'{{"prompt": "a"}}\n{{"prompt": {"9" * 5000}}}', "", "a.jsonl, line 2: JSON that is not read"),
+        ("a.json", '["\\ud800"]', "", "half of a surrogate pair"),
     ],
 )
 def test_what_cannot_be_used(write, name, content, column, message):
     with pytest.raises(PromptsError, match=message):
         prompts.load(write(name, content) + column)
+
+
+@pytest.mark.parametrize(
+    "source",
+    ["a\0.txt", "~no_such_user/a.txt", f"{'a' * 400}.txt", f"drawbench:{'a' * 400}:b", ".:a", "..a.b", "\ud800.a"],
+)
+def test_names_that_no_file_and_no_module_can_have(source):
+    with pytest.raises(PromptsError, match="prompts "):
+        prompts.load(source)
 
 
 def test_benchmark_of_a_table_by_category(write):

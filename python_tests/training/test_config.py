@@ -7,7 +7,7 @@ import typing
 import pytest
 
 from rftcore.errors import UsageError
-from rftcore.training import schedulers
+from rftcore.training import recipes, schedulers
 from rftcore.training.algorithm_configs import (
     AlignpropConfig,
     DdpoConfig,
@@ -54,6 +54,12 @@ def test_paper_recipe_has_the_papers_values():
         ("sampling", "eta", 1.5, "sampling.eta=1.5 must be at least 0 and at most 1"),
         ("lora", "target_modules", [], "lora.target_modules is empty"),
         ("eval", "validation_steps", 0, "eval.validation_steps=0 must be at least 1"),
+        ("eval", "lora_scales", [0.0, float("nan")], "eval.lora_scales=.* must be finite"),
+        ("train", "learning_rate", float("inf"), "train.learning_rate=inf must be finite"),
+        ("train", "max_train_steps", 10**400, "below 2.63"),
+        ("train", "batch_size", None, "train.batch_size=None must be a whole number"),
+        ("model", "fuse_lora", [3], "model.fuse_lora=.3. must be a list of text"),
+        ("reward", "options", None, "reward.options=None must be a mapping"),
     ],
 )
 def test_values_out_of_range_are_named(group, key, value, message):
@@ -64,6 +70,43 @@ def test_values_out_of_range_are_named(group, key, value, message):
 def test_all_problems_are_told_at_once():
     with pytest.raises(UsageError, match="train.batch_size.*lora.rank"):
         build(DraftConfig, {"train": {"batch_size": 0}, "lora": {"rank": 0}})
+
+
+def test_numbers_out_of_bounds_are_told_before_anything_is_counted_with_them():
+    for wrong in ({"batch_size": 0}, {"timestep_fraction": float("nan")}, {"inner_epochs": 10**400}):
+        with pytest.raises(UsageError, match=f"train.{next(iter(wrong))}"):
+            build(DdpoConfig, {"train": wrong})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("prompts: &a [*a]", "nested more than 100 deep"),
+        ("seed: 2001-99-99", "is not valid YAML"),
+        ("output_dir: null", "output_dir=None must be text"),
+        ("seed: [1]", "seed"),
+        ("train: {learning_rate: x}", "learning_rate"),
+    ],
+)
+def test_recipes_that_are_refused(text, message, tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=message):
+        load_config("draft", path)
+
+
+def test_an_empty_recipe_says_nothing(tmp_path):
+    (tmp_path / "c.yaml").write_text("# nothing\n")
+    assert load_config("draft", tmp_path / "c.yaml") == DraftConfig()
+
+
+def test_recipes_of_names_that_no_file_can_have(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UsageError, match="neither a file nor a recipe"):
+        load_config("draft", "a" * 400)
+    for target in (tmp_path / "file" / "c.yaml", f"{tmp_path}/{'a' * 400}.yaml"):
+        with pytest.raises(UsageError, match="cannot be written"):
+            recipes.copy("digits_draft", str(target))
 
 
 def test_batch_that_does_not_divide_names_the_nearest_that_does():

@@ -87,5 +87,5 @@ def _difference(name: str, sums: Iterable[tuple[float, ...]]) -> Difference:
         math.sqrt(first),
         math.sqrt(second),
         math.sqrt(change / first) if first else math.inf if change else 0.0,
-        inner / math.sqrt(first * second) if first and second else math.nan,
+        inner / (math.sqrt(first) * math.sqrt(second)) if first and second else math.nan,
     )

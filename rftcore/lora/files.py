@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
+import os.path
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rftcore import documents
 from rftcore.errors import UsageError
 from rftcore.lora import layouts
 from rftcore.lora.layers import COMPONENTS, Layer, Lora
@@ -36,21 +37,22 @@ def parse(argument: str, flag: str = "--lora") -> LoraFile:
     """
     name, colon, scale = argument.rpartition(":")
     path, factor = Path(argument), 1.0
-    if colon and not path.exists():
+    # Of a name that no file can have, pathlib raises.
+    if colon and not os.path.exists(path):
         try:
             path, factor = Path(name), float(scale)
         except ValueError:
-            if Path(name).exists():
+            if os.path.exists(name):
                 raise UsageError(f"{flag} {argument}: the scale {scale!r} is no number; write {name}:0.7") from None
     if not math.isfinite(factor):
         raise UsageError(f"{flag} {argument}: the scale must be a finite number")
-    if path.is_dir():
+    if os.path.isdir(path):
         if not (path / FILE).is_file() and not _peft_folders(path):
             raise UsageError(
                 f"{flag} {argument}: {path} holds no {FILE} and no {CONFIG_FILE}; give the .safetensors file itself"
             )
         path = path / FILE if (path / FILE).is_file() else path
-    elif not path.is_file():
+    elif not os.path.isfile(path):
         raise UsageError(f"{flag} {argument}: there is no file or folder {path}")
     elif path.suffix != ".safetensors":
         raise UsageError(f"{flag} {argument}: {path.name} is no .safetensors file, the one kind that is read")
@@ -140,7 +142,7 @@ def _peft_folders(path: Path) -> dict[str | None, Path]:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = documents.from_json(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UsageError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(config, dict):

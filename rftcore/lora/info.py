@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from rftcore import documents
 from rftcore.lora import algebra
 from rftcore.lora.layers import Lora, base, block, ending, split
 
@@ -38,7 +40,7 @@ def describe(lora: Lora, path: Path) -> str:
     norms = {name: algebra.norm((1.0, layer)) for name, layer in lora.layers.items()}
     lines = {
         "file": str(path),
-        "size": f"{_bytes(path) / 2**20:.2f} MiB, {sum(l.down.numel() + l.up.numel() for l in layers):,} parameters",
+        "size": f"{_bytes(path) / 2**20:.2f} MiB, {sum(a.down.numel() + a.up.numel() for a in layers):,} parameters",
         "layout": lora.layout,
         "base": f"{_BASES[base(lora)]} (by the layers' names and shapes)",
         "layers": ", ".join(f"{name} {len(lora.of(name))}" for name in lora.components),
@@ -63,11 +65,11 @@ def describe(lora: Lora, path: Path) -> str:
 def trained_words(lora: Lora) -> list[str]:
     """The captions' most frequent tags, of which kohya's trainer keeps the counts by folder; none where it did not."""
     try:
-        folders = json.loads(lora.metadata.get("ss_tag_frequency", "{}"))
+        folders = documents.from_json(lora.metadata.get("ss_tag_frequency", "{}"))
         counts: Counter[str] = Counter()
         for tags in folders.values():
             counts.update({tag.strip(): int(count) for tag, count in tags.items()})
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, AttributeError, TypeError, OverflowError):
         return []
     return [tag for tag, _ in counts.most_common(_TAGS)]
 
@@ -76,7 +78,7 @@ def _bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.rglob("*.safetensors")) if path.is_dir() else path.stat().st_size
 
 
-def _counted(values) -> str:
+def _counted(values: Iterable[Any]) -> str:
     """4 (30 layers), 8 (2)"""
     counts = Counter(values).most_common()
     shown = [f"{value:g}" if isinstance(value, int | float) else value for value, _ in counts]
@@ -85,5 +87,5 @@ def _counted(values) -> str:
     )
 
 
-def _root(norms) -> float:
+def _root(norms: Iterable[float]) -> float:
     return math.sqrt(sum(norm**2 for norm in norms))

@@ -46,8 +46,15 @@ def to_kohya(component: str, module: str, xl: bool) -> str:
 
     Raises: ValueError for a module of which SDXL has no such name.
     """
-    name = _to_original(module) if xl and component == "unet" else module
-    return _PREFIXES[component][xl] + name.replace(".", "_")
+    try:
+        name = _to_original(module) if xl and component == "unet" else module
+    except (KeyError, IndexError, ValueError):
+        raise ValueError(f"{module} is no layer of SDXL's UNet, so kohya has no name for it") from None
+    key = _PREFIXES[component][xl] + name.replace(".", "_")
+    # A dot and an underscore are the same there: only of a model's own names is it known which is which.
+    if from_kohya(key) != (component, module):
+        raise ValueError(f"{component}.{module} is no name that could be told from another there")
+    return key
 
 
 def from_kohya(name: str) -> tuple[str, str]:
@@ -72,13 +79,13 @@ def from_kohya(name: str) -> tuple[str, str]:
 def _to_original(module: str) -> str:
     if module in _OUTSIDE:
         return _OUTSIDE[module]
+    """Raises: KeyError, IndexError or ValueError for a module that is none of the UNet's."""
     parts = module.split(".")
-    unknown = ValueError(f"{module} is no layer of SDXL's UNet, so kohya has no name for it")
     if parts[0] == "mid_block" and len(parts) > 3:
         place = {"resnets": 2 * int(parts[2]), "attentions": 1}[parts[1]]
         return ".".join(["middle_block", str(place), *_inner_to(parts[1], parts[3:])])
     if parts[0] not in ("down_blocks", "up_blocks") or len(parts) < 5:
-        raise unknown
+        raise KeyError(parts[0])
     number, kind, layer, inner = int(parts[1]), parts[2], int(parts[3]), parts[4:]
     first = _LAYERS * number
     if kind == "downsamplers":

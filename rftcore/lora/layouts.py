@@ -11,10 +11,10 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from rftcore import documents
 from rftcore.errors import UsageError
 from rftcore.lora import kohya_names
 from rftcore.lora.layers import COMPONENTS, Layer, Lora, base, split
@@ -52,6 +52,12 @@ _ENDS = (
 _PARTS = {"A": "down", "down": "down", "B": "up", "up": "up", "alpha": "alpha"}
 # What a LoRA's matrices may be of: those that arithmetic is served for.
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Of fp32: what is beyond it no model can hold, and its square no number.
+_LARGEST = torch.finfo(torch.float32).max
+# Of a layer's name, in letters; a model's have a third of it.
+_LONGEST = 300
+# In a regular expression.
+_REPETITION, _CHOICE, _REPEATED_GROUP = re.compile(r"(?<!\\)[*+{]"), re.compile(r"(?<!\\)[?|]"), re.compile(r"\)[*+?{]")
 # The oldest names of a text encoder's projections.
 _OLD_TEXT = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out": "out_proj"}
 
@@ -90,7 +96,8 @@ def read(
     for component_config in configs.values():
         _refuse_others({}, component_config, where)
     extra.pop("format", None)
-    layers = {name: _layer(name, parts, configs.get(split(name)[0]), where) for name, parts in found.items()}
+    alphas = {component: _Alphas(own) for component, own in configs.items()}
+    layers = {name: _layer(name, parts, alphas.get(split(name)[0]), where) for name, parts in found.items()}
     # A layer's own alpha goes before the config's, which would be written on as it is.
     for name, parts in found.items():
         if "alpha" in parts:
@@ -131,6 +138,8 @@ def to_kohya(lora: Lora, where: object) -> tuple[dict[str, Tensor], dict[str, st
         alpha = torch.tensor(layer.alpha, dtype=layer.down.dtype)
         if alpha.item() != layer.alpha:
             alpha = torch.tensor(layer.alpha, dtype=torch.float32)
+        if not math.isclose(alpha.item(), layer.alpha, rel_tol=1e-6):
+            alpha = torch.tensor(layer.alpha, dtype=torch.float64)
         state |= {f"{key}.lora_down.weight": layer.down, f"{key}.lora_up.weight": layer.up, f"{key}.alpha": alpha}
     return state, {**lora.metadata, "format": "pt"}
 
@@ -201,7 +210,7 @@ def _refuse_others(state: Mapping[str, Tensor], config: Mapping[str, Any], where
 
 def _read_key(key: str, where: object, config: Mapping[str, Any] | None, component: str | None) -> tuple[str, str, str]:
     """The layer's name, which of its tensors this is, and the layout that the key is of."""
-    for pattern, _, layout in _ENDS:
+    for pattern, _, layout in _ENDS:  # noqa: B007  # that of the match
         match = pattern.fullmatch(key)
         if match:
             break
@@ -210,6 +219,10 @@ def _read_key(key: str, where: object, config: Mapping[str, Any] | None, compone
             f"{where}: {key} is no LoRA weight; every key must end as lora_A.weight, lora_up.weight or alpha do"
         )
     name, part = match["name"], _PARTS[match["part"]]
+    if len(name) > _LONGEST:
+        raise UsageError(
+            f"{where}: {key[:80]}... is {len(key)} letters long, and no layer's name is; the file is broken"
+        )
     if name.startswith("lora_"):
         try:
             found, module = kohya_names.from_kohya(name)
@@ -239,8 +252,9 @@ def _component(name: str, config: Mapping[str, Any] | None) -> str | None:
         return "unet"
     if first not in _TEXT_PARTS:
         return None
-    of = ((config or {}).get("auto_mapping") or {}).get("base_model_class", "")
-    return "text_encoder_2" if "Projection" in of or first == "text_projection" else "text_encoder"
+    mapping = (config or {}).get("auto_mapping")
+    of = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+    return "text_encoder_2" if "Projection" in str(of) or first == "text_projection" else "text_encoder"
 
 
 def _canonical(component: str, module: str) -> str:
@@ -254,7 +268,7 @@ def _split_config(text: str | None, where: object) -> dict[str, dict[str, Any]]:
     if not text:
         return {}
     try:
-        flat = json.loads(text)
+        flat = documents.from_json(text)
         configs: dict[str, dict[str, Any]] = {}
         for key, value in flat.items():
             component, name = split(key)
@@ -264,9 +278,7 @@ def _split_config(text: str | None, where: object) -> dict[str, dict[str, Any]]:
     return configs
 
 
-def _layer(
-    name: str, parts: Mapping[str, tuple[str, Tensor]], config: Mapping[str, Any] | None, where: object
-) -> Layer:
+def _layer(name: str, parts: Mapping[str, tuple[str, Tensor]], alphas: _Alphas | None, where: object) -> Layer:
     missing = [part for part in ("down", "up") if part not in parts]
     if missing:
         raise UsageError(
@@ -281,14 +293,14 @@ def _layer(
                 f"{where}: {key} is of {value.dtype}, and a LoRA's weights are of fp32, bf16 or fp16; convert them, or "
                 "look for such a file"
             )
-        if not torch.isfinite(value).all():
+        # Compared in fp64: other kinds of numbers, which an alpha may be of, have no infinity to be asked for.
+        if value.is_complex() or not (value.double().abs() <= _LARGEST).all():
             raise UsageError(
-                f"{where}: {key} has values that are NaN or infinite; the file is broken or its training was"
+                f"{where}: {key} has values that are NaN, infinite or beyond fp32; the file is broken or its training was"
             )
     (down_key, down), (up_key, up) = parts["down"], parts["up"]
-    rank = down.shape[0]
-    fits = down.ndim in (2, 4) and up.ndim == down.ndim and up.shape[1] == rank and up.shape[2:].numel() == 1 and rank
-    if not fits:
+    fits = down.ndim in (2, 4) and up.ndim == down.ndim and up.shape[1] == down.shape[0] and up.shape[2:].numel() == 1
+    if not (fits and down.numel() and up.numel()):
         raise UsageError(
             f"{where}: {down_key} is {tuple(down.shape)} and {up_key} is {tuple(up.shape)}; (rank, inputs) and "
             "(outputs, rank) are expected, or a convolution's"
@@ -296,17 +308,40 @@ def _layer(
     if "alpha" in parts:
         return Layer(down, up, float(parts["alpha"][1].item()))
     try:
-        return Layer(down, up, _alpha(split(name)[1], rank, config))
-    except (TypeError, ValueError, AttributeError, re.error) as error:
+        # Without a config it is the rank, as diffusers takes it.
+        rank = down.shape[0]
+        return Layer(down, up, float(rank) if alphas is None else alphas.of(split(name)[1], rank))
+    except (TypeError, ValueError, AttributeError, OverflowError, re.error) as error:
         raise UsageError(
             f"{where}: the adapter config gives {name} no alpha that can be read (lora_alpha or alpha_pattern): {error}"
         ) from error
 
 
-def _alpha(module: str, rank: int, config: Mapping[str, Any] | None) -> float:
-    """A layer's alpha by PEFT's config, as one without rslora; the rank without a config, as diffusers takes it."""
-    if config is None:
-        return float(rank)
-    patterns = config.get("alpha_pattern") or {}
-    alpha = float(patterns.get(get_pattern_key(patterns.keys(), module), config.get("lora_alpha", 8)))
-    return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+class _Alphas:
+    """The layers' alphas by PEFT's config, as those of one without rslora.
+
+    A pattern is matched as PEFT does, but compiled once: an alpha for each of SDXL's layers took 10 s.
+    """
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._config = config
+        self._patterns: list[tuple[re.Pattern[str], Any]] | None = None
+
+    def of(self, module: str, rank: int) -> float:
+        """Raises: TypeError, ValueError, AttributeError, OverflowError or re.error where there is none to be read."""
+        if self._patterns is None:
+            given = (self._config.get("alpha_pattern") or {}).items()
+            self._patterns = [(_compiled(pattern), alpha) for pattern, alpha in given]
+        own = (alpha for pattern, alpha in self._patterns if pattern.match(module))
+        alpha = float(next(own, self._config.get("lora_alpha", 8)))
+        if not abs(alpha) <= _LARGEST:
+            raise ValueError(f"{alpha} is no number for it")
+        return alpha * math.sqrt(rank) if self._config.get("use_rslora") else alpha
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """Raises ValueError for an expression that could be matched for hours; PEFT's are names, or parts of them."""
+    many = len(_REPETITION.findall(pattern)) > 2 or len(_CHOICE.findall(pattern)) > 4
+    if len(pattern) > _LONGEST or many or _REPEATED_GROUP.search(pattern):
+        raise ValueError(f"the expression {pattern[:80]!r} repeats too much; write the layers' names")
+    return re.compile(rf"(.*\.)?({pattern})$")

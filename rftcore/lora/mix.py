@@ -58,7 +58,7 @@ def mix(
     for _, lora, weight in wanted:
         for layer_name, layer in lora.layers.items():
             terms.setdefault(layer_name, []).append((weight, layer))
-    layers = {name: _cast(_layer(parts, rank), dtype, name) for name, parts in terms.items()}
+    layers = {name: _cast(_layer(parts, rank, name), dtype, name) for name, parts in terms.items()}
     metadata = dict(wanted[0][1].metadata) if len(wanted) == 1 else {}
     squares, errors = 0.0, {}
     for name, parts in terms.items():
@@ -105,10 +105,10 @@ def _check_same_base(loras: Sequence[tuple[str, Lora, float]]) -> None:
         )
 
 
-def _layer(terms: Sequence[Term], rank: int | None) -> Layer:
+def _layer(terms: Sequence[Term], rank: int | None, name: str) -> Layer:
     together = sum(layer.rank for _, layer in terms)
     if rank is not None and together > rank:
-        return _truncated(terms, rank)
+        return _truncated(terms, rank, name)
     if len(terms) == 1:
         ((weight, layer),) = terms
         return Layer(layer.down, layer.up.double() * weight, layer.alpha)
@@ -117,9 +117,11 @@ def _layer(terms: Sequence[Term], rank: int | None) -> Layer:
     return Layer(down, up, float(together))
 
 
-def _truncated(terms: Sequence[Term], rank: int) -> Layer:
+def _truncated(terms: Sequence[Term], rank: int, name: str) -> Layer:
     """The nearest change of a rank: the largest singular values, their roots in both factors."""
     left, middle, right = algebra.core(*algebra.stacked(terms))
+    if not middle.isfinite().all():
+        raise UsageError(f"{name} is too large to be mixed; give smaller weights")
     u, values, v = torch.linalg.svd(middle, full_matrices=False)
     kept = min(rank, len(values))
     roots = values[:kept].sqrt()

@@ -38,9 +38,22 @@ def load(source: str | Sequence[str]) -> list[str]:
     wrong = next((prompt for prompt in prompts if not isinstance(prompt, str)), None)
     if wrong is not None:
         raise PromptsError(f"prompts {source!r}: every prompt must be a string, not {wrong!r}")
+    if (half := next((prompt for prompt in prompts if _is_half(prompt)), None)) is not None:
+        raise PromptsError(
+            f"prompts {source!r}: {half!r} has half of a surrogate pair, which no text can have; write the character itself"
+        )
     if not prompts:
         raise PromptsError(f"prompts {source!r} are empty; at least one is needed")
     return prompts
+
+
+def _is_half(prompt: str) -> bool:
+    """Whether there is no UTF-8 of it: JSON can write such texts, and no tokenizer can read them."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _found(source: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os.path
 from pathlib import Path
 
 from rftcore.prompts import files
@@ -44,7 +45,7 @@ def load(source: str) -> list[str]:
     """
     name, _, rest = source.partition(":")
     path, category = Path(rest), None
-    if not path.exists() and ":" in rest:
+    if not os.path.exists(path) and ":" in rest:
         file, _, category = rest.rpartition(":")
         path = Path(file)
     groups = READERS[name](path)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rftcore import documents
 from rftcore.prompts.errors import PromptsError
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv")
@@ -137,11 +138,14 @@ def _not_empty(path: Path, where: str, prompt: str) -> str:
 
 def _parsed(path: Path, text: str, where: str | None = None) -> Any:
     try:
-        return json.loads(text)
+        return documents.from_json(text)
     except json.JSONDecodeError as error:
         raise PromptsError(
             f"{path}, {where or f'line {error.lineno}'}: not JSON ({error.msg} at column {error.colno})"
         ) from error
+    # Of numbers of thousands of digits, and of lists in lists in lists.
+    except ValueError as error:
+        raise PromptsError(f"{path}{f', {where}' if where else ''}: JSON that is not read ({error})") from error
 
 
 def _text(path: Path) -> str:
@@ -149,6 +153,9 @@ def _text(path: Path) -> str:
         content = path.expanduser().read_bytes().removeprefix(b"\xef\xbb\xbf")
     except OSError as error:
         raise PromptsError(f"prompts file {path} cannot be read: {error.strerror}") from error
+    # Of names that no file can have, and of the home of nobody.
+    except (ValueError, RuntimeError) as error:
+        raise PromptsError(f"prompts file {str(path)!r} cannot be read: {error}") from error
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:

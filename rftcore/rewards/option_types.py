@@ -34,6 +34,9 @@ def fits(value: Any, type_: Any) -> bool:
         return isinstance(value, (list, tuple)) and all(
             fits(item, each) for item in value for each in typing.get_args(type_)[:1]
         )
+    if type_ is dict or origin is dict:
+        keys, values = typing.get_args(type_) or (Any, Any)
+        return isinstance(value, dict) and all(fits(key, keys) and fits(item, values) for key, item in value.items())
     if type_ in (int, float):
         # True is an int to Python, and 1 is a float to everyone.
         return not isinstance(value, bool) and isinstance(value, int if type_ is int else (int, float))
@@ -48,4 +51,6 @@ def expected(type_: Any) -> str:
         return " or ".join(map(repr, typing.get_args(type_)))
     if type_ in _LISTS or typing.get_origin(type_) in _LISTS:
         return " of ".join(["a list", *map(expected, typing.get_args(type_)[:1])])
+    if type_ is dict or typing.get_origin(type_) is dict:
+        return "a mapping"
     return _WORDS.get(type_, getattr(type_, "__name__", str(type_)))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import operator
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from rftcore.errors import UsageError
+from rftcore.rewards import option_types
 
 # A bound's name -> how it is said, and its test.
 _BOUNDS = {
@@ -253,8 +256,12 @@ class RunConfig:
 
     def problems(self) -> list[str]:
         """Every value that cannot work, as a sentence that names it, what it is and what is allowed."""
+        if found := _of_other_types(self):
+            return found
         sampling, train, lora = self.sampling, self.train, self.lora
         found = _out_of_bounds(self)
+        # With numbers out of bounds there is no arithmetic.
+        countable = not any(problem.startswith(("train.", "sampling.")) for problem in found)
         if not self.output_dir.strip():
             found.append("output_dir is empty; give the folder that the run may write into")
         if sampling.eta is not None and sampling.scheduler != "ddim":
@@ -274,7 +281,7 @@ class RunConfig:
             )
         if not lora.target_modules:
             found.append("lora.target_modules is empty; name at least one module, such as to_q")
-        found += train.problems(sampling)
+        found += train.problems(sampling) if countable else []
         return found or self._epoch_problems()
 
     def _epoch_problems(self) -> list[str]:
@@ -295,15 +302,37 @@ class RunConfig:
             raise UsageError("; ".join(found))
 
 
+def _of_other_types(config: Any, prefix: str = "") -> list[str]:
+    """Every value of a config, and of its groups, that is not of its option's type: jsonargparse takes null for any."""
+    found = []
+    types = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value, type_ = getattr(config, field.name), types[field.name]
+        if dataclasses.is_dataclass(value):
+            found += _of_other_types(value, f"{prefix}{field.name}.")
+        elif not option_types.fits(value, type_):
+            found.append(f"{prefix}{field.name}={value!r} must be {option_types.expected(type_)}")
+    return found
+
+
 def _out_of_bounds(config: Any, prefix: str = "") -> list[str]:
-    """Every number of a config, and of its groups, that lies outside its option's bounds."""
+    """Every number of a config, and of its groups, that lies outside its option's bounds or is no number to count with."""
     found = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             found += _out_of_bounds(value, f"{prefix}{field.name}.")
-        elif value is not None and (bounds := field.metadata.get("bounds")):
-            if not all(_BOUNDS[name][1](value, bound) for name, bound in bounds.items()):
-                allowed = " and ".join(f"{_BOUNDS[name][0]} {bound:g}" for name, bound in bounds.items())
-                found.append(f"{prefix}{field.name}={value} must be {allowed}")
+            continue
+        bounds = {} if value is None else field.metadata.get("bounds", {})
+        if not all(_BOUNDS[name][1](value, bound) for name, bound in bounds.items()):
+            allowed = " and ".join(f"{_BOUNDS[name][0]} {bound:g}" for name, bound in bounds.items())
+            found.append(f"{prefix}{field.name}={value} must be {allowed}")
+        elif not all(map(_is_usable, value if isinstance(value, list) else [value])):
+            found.append(f"{prefix}{field.name}={value} must be finite, and below 2^63 where it is a whole number")
     return found
+
+
+def _is_usable(value: Any) -> bool:
+    if isinstance(value, int):
+        return abs(value) < 2**63
+    return not isinstance(value, float) or math.isfinite(value)

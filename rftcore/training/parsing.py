@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
+from rftcore import documents
 from rftcore.errors import UsageError, nearest
 from rftcore.training import recipes
 from rftcore.training.algorithm_configs import ALGORITHMS
@@ -55,8 +56,21 @@ def load_config(algorithm: str, recipe: str | Path, *overrides: str) -> RunConfi
         raise UsageError(f"there is no algorithm {algorithm!r}; {nearest(algorithm, ALGORITHMS)}")
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False)
     add_options(parser, ALGORITHMS[algorithm])
-    values = parser.parse_args(["--config", str(recipe), *overrides]).as_dict()
+    values = parsed(parser, ["--config", str(recipe), *overrides]).as_dict()
     return build(ALGORITHMS[algorithm], {key: value for key, value in values.items() if key != "config"})
+
+
+def parsed(parser: ArgumentParser, arguments: list[str]) -> Namespace:
+    """What the arguments say. Raises: UsageError."""
+    try:
+        return parser.parse_args(arguments)
+    except ArgumentError as error:
+        if isinstance(error.__cause__, UsageError):
+            raise error.__cause__ from None
+        raise UsageError(" ".join(str(error).split())) from error
+    # What jsonargparse lets through of the values that it tries as YAML.
+    except (OverflowError, RecursionError, AttributeError) as error:
+        raise UsageError(f"one of the values given is a number too large, or no value of its kind ({error})") from error
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -106,10 +120,14 @@ def _recipe_action(kind: type[RunConfig]) -> type[ActionConfigFile]:
             if values in recipes.names() and (owner := recipes.algorithm(values)) != kind.algorithm:
                 raise UsageError(f"{values} is a recipe of {owner}; rftcore train {owner} --config {values}")
             try:
-                content = yaml.safe_load(path.read_text(encoding="utf-8"))
-            except (yaml.YAMLError, UnicodeDecodeError) as error:
+                content = documents.from_yaml(path.read_text(encoding="utf-8"))
+            except OSError as error:
+                raise UsageError(f"{path} cannot be read: {error.strerror}") from error
+            except ValueError as error:
                 raise UsageError(f"{path} is not valid YAML: {error}") from error
-            _check_keys(kind, content if content is not None else {}, source=str(path))
-            super().__call__(parser, cfg, str(path), option_string)
+            # An empty file says nothing, which jsonargparse takes for no config at all.
+            if content is not None:
+                _check_keys(kind, content, source=str(path))
+                super().__call__(parser, cfg, str(path), option_string)
 
     return Recipe

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 import shutil
 from pathlib import Path
 
@@ -31,7 +32,8 @@ def description(name: str) -> str:
 def find(name_or_path: str) -> Path:
     """The file that a recipe's name, or a path, stands for. Raises: UsageError when there is none."""
     path = Path(name_or_path)
-    if path.is_file():
+    # Of a name that no file can have, pathlib raises.
+    if os.path.isfile(path):
         return path
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         raise UsageError(f"--config {name_or_path}: there is no such file")
@@ -48,10 +50,13 @@ def copy(name: str, target: str | None) -> Path:
     if name not in names():
         raise UsageError(f"there is no recipe {name!r}; {nearest(name, names())}")
     path = Path(target) if target else Path(f"{name}.yaml")
-    if path.is_dir():
+    if os.path.isdir(path):
         path = path / f"{name}.yaml"
-    if path.exists():
+    if os.path.lexists(path):
         raise UsageError(f"{path} exists already; name another file")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(RECIPES / f"{name}.yaml", path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(RECIPES / f"{name}.yaml", path)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be written ({error}); name another file") from error
     return path
