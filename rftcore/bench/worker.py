@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -154,6 +155,8 @@ class Tasks:
 def _prepare(options: BenchOptions) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    # Compilers' advice to the authors of the models.
+    warnings.simplefilter("ignore")
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
