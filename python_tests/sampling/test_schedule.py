@@ -178,3 +178,22 @@ def test_ddim_of_odd_step_counts(make_scheduler, spacing, steps):
     for eta in (0.0, 0.7):
         truth, _ = by_diffusers(model, scheduler, noise, steps, eta=eta)
         assert relative_error(by_table(model, table_of(scheduler, steps, eta=eta), noise), truth) <= 1e-11
+
+
+@pytest.mark.parametrize("scheduler", [DDPMScheduler, EulerAncestralDiscreteScheduler])
+@pytest.mark.parametrize("output", ["latents", "x0"])
+def test_a_chain_that_is_stopped_early(scheduler, output):
+    """Its first steps; where it ends on x0 the last one's mean is x0, without noise."""
+    whole = table_of(scheduler(**STABLE_DIFFUSION), 5)
+    before = whole.coefficients.clone()
+    table = whole.stopped(3, output)
+    assert len(table) == len(table.coefficients) == 3
+    assert torch.equal(table.timesteps, whole.timesteps[:3])
+    assert torch.equal(table.input_scales, whole.input_scales[:3])
+    if output == "x0":
+        c = Coefficient
+        before[2, [c.MEAN_FROM_SAMPLE, c.MEAN_FROM_OUTPUT, c.SIGMA]] = 0
+        before[2, c.MEAN_FROM_X0] = 1
+    assert torch.equal(table.coefficients, before[:3]) and torch.equal(whole.coefficients[3:], before[3:])
+    assert table.stochastic == (True, True, output != "x0") and whole.stochastic[:3] == (True,) * 3
+    assert whole.coefficients[2, Coefficient.SIGMA] > 0
