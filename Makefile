@@ -4,7 +4,7 @@ VENV := .venv
 # Written when the package is installed; what compiled code and dependencies are made from makes it old.
 INSTALLED := $(VENV)/.rftcore-installed
 
-.PHONY: setup demo test test-all docs lint types build wheel-check clean
+.PHONY: setup demo test test-all docs lint types mutants build wheel-check clean
 
 setup: $(INSTALLED)
 
@@ -47,6 +47,10 @@ lint: $(DEVELOPED)
 
 types: $(DEVELOPED)
 	$(VENV)/bin/mypy
+
+# How many of a seeded sample of changes to ops, sampling and losses the tests notice. Stopped, it goes on the next time.
+mutants: $(DEVELOPED)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m benchmarks.mutants
 
 # An sdist and a wheel in dist/, each made in an environment of its own, the wheel of the sdist.
 build: $(DEVELOPED)
