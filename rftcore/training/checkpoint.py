@@ -7,7 +7,7 @@ and randomness is a function of the seed, the epoch and the process's number. So
 from __future__ import annotations
 
 import hashlib
-import json
+import itertools
 import os
 import shutil
 from collections.abc import Iterator
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from rftcore import documents
 from rftcore.errors import RunError, UsageError
 from rftcore.training import weights
 from rftcore.training.accounting import Counters
@@ -31,6 +31,7 @@ from rftcore.training.run_directory import CONFIG, METRICS, sync_folder, to_json
 
 # Holds the SHA-256 of every other file.
 MARK = "COMPLETE"
+TRAINABLE, STATE, PROGRESS = "trainable.safetensors", "state.pt", "progress.json"
 FORMAT = 1
 # Writers in other languages have errors of their own for a disk that is full.
 _WRITING = (OSError, RuntimeError, SafetensorError)
@@ -151,7 +152,7 @@ def only_begun(output_dir: Path, config: RunConfig) -> bool:
         # Nothing but half a file: stopped before its config was written.
         return output_dir.is_dir() and all(path.name.endswith(".partial") for path in output_dir.iterdir())
     with _reading(begun):
-        stored = _flattened(yaml.safe_load(begun.read_text(encoding="utf-8")))
+        stored = _flattened(documents.from_yaml(begun.read_text(encoding="utf-8")))
     _check_same_run(begun, stored, config)
     return True
 
@@ -185,16 +186,16 @@ def save(output_dir: Path, trained: Trained, progress: Progress, config: RunConf
 
 def _write(folder: Path, trained: Trained, progress: Progress, config: RunConfig) -> None:
     tensors = {name: value.detach().cpu().contiguous() for name, value in weights.trainable(trained.unet).items()}
-    save_file(tensors, folder / "trainable.safetensors")
+    save_file(tensors, folder / TRAINABLE)
     # Of a whole UNet, what is trained is all there is.
     if weights.is_lora(trained.unet):
         with trained.averaged():
             weights.save(trained.unet, folder)
-    torch.save({name: thing.state_dict() for name, thing in trained.states().items()}, folder / "state.pt")
+    torch.save({name: thing.state_dict() for name, thing in trained.states().items()}, folder / STATE)
     if (folder.parent / METRICS).exists():
         shutil.copyfile(folder.parent / METRICS, folder / METRICS)
     record = {"format": FORMAT, "algorithm": config.algorithm, "config": flat(config), "progress": asdict(progress)}
-    (folder / "progress.json").write_text(to_json(record), encoding="utf-8")
+    (folder / PROGRESS).write_text(to_json(record), encoding="utf-8")
     sums = {path.name: _checksum(path) for path in sorted(folder.iterdir())}
     (folder / MARK).write_text(to_json(sums), encoding="utf-8")
     for path in folder.iterdir():
@@ -218,35 +219,52 @@ def load(path: Path, trained: Trained, config: RunConfig) -> Progress:
     record = _record(path)
     _check_same_run(path, {"algorithm": record["algorithm"], **record["config"]}, config)
     _check_intact(path)
-    tensors, parameters = load_file(path / "trainable.safetensors"), weights.trainable(trained.unet)
+    parameters = weights.trainable(trained.unet)
+    with _reading(path / TRAINABLE):
+        tensors = load_file(path / TRAINABLE)
     fits = tensors.keys() == parameters.keys() and all(
         tensors[name].shape == parameters[name].shape for name in tensors
     )
     if not fits:
         raise UsageError(f"{path} was made for another model or adapter: its parameters have other names or shapes")
+    with _reading(path / STATE):
+        states = torch.load(path / STATE, map_location="cpu", weights_only=True)
+    with _reading(path / PROGRESS):
+        progress = _progress(record["progress"])
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(tensors[name])
-    states = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-    for name, thing in trained.states().items():
-        thing.load_state_dict(states[name])
-    stored = record["progress"]
-    return Progress(
+    with _reading(path / STATE):
+        for name, thing in trained.states().items():
+            thing.load_state_dict(states[name])
+    return progress
+
+
+def _progress(stored: dict[str, Any]) -> Progress:
+    progress = Progress(
         step=stored["step"],
         counters=Counters(**stored["counters"]),
         evaluations={int(step): scores for step, scores in stored["evaluations"].items()},
         idle_epochs=stored["idle_epochs"],
     )
+    counted = [progress.step, progress.idle_epochs, *asdict(progress.counters).values(), *progress.evaluations]
+    if not all(isinstance(count, (int, float)) and count >= 0 for count in counted):
+        raise ValueError("what it counts is no number")
+    scores = [scores for measures in progress.evaluations.values() for scores in measures.values()]
+    if not all(isinstance(score, (int, float)) for score in itertools.chain(*scores)):
+        raise ValueError("what it has of evaluations is no list of numbers")
+    return progress
 
 
 def _record(path: Path) -> dict[str, Any]:
     """What progress.json holds, of a format that is known."""
-    file = path / "progress.json"
+    file = path / PROGRESS
     if not file.exists():
         raise UsageError(f"{path} is no checkpoint of rftcore: {file.name} is missing; {_others(path)}")
     with _reading(file):
-        record = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(record, dict) or not {"format", "algorithm", "config", "progress"} <= record.keys():
+        record = documents.from_json(file.read_text(encoding="utf-8"))
+    parts = {"format": int, "algorithm": str, "config": dict, "progress": dict}
+    if not isinstance(record, dict) or not all(isinstance(record.get(name), kind) for name, kind in parts.items()):
         raise UsageError(f"{path} is no checkpoint of this rftcore: {file.name} has other contents; {_others(path)}")
     if record["format"] != FORMAT:
         raise UsageError(
@@ -259,7 +277,9 @@ def _record(path: Path) -> dict[str, Any]:
 def _check_intact(path: Path) -> None:
     """Raises UsageError for a file that is not what was written."""
     with _reading(path / MARK):
-        sums = dict(json.loads((path / MARK).read_text(encoding="utf-8")))
+        sums = dict(documents.from_json((path / MARK).read_text(encoding="utf-8")))
+        if unnamed := {TRAINABLE, STATE, PROGRESS} - sums.keys():
+            raise ValueError(f"it has no SHA-256 of {', '.join(sorted(unnamed))}")
     for name, expected in sums.items():
         with _reading(path / name):
             if _checksum(path / name) != expected:
@@ -271,8 +291,12 @@ def _reading(file: Path) -> Iterator[None]:
     """Says of a file that cannot be read which it is, and what else there is."""
     try:
         yield
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise UsageError(f"{file} is damaged ({_line(error)}); {_others(file.parent)}") from error
+    except UsageError:
+        raise
+    # A file that is not what was written makes errors of every kind: of pickle, zip, safetensors and what it is put into.
+    except Exception as error:
+        what = _line(error) or type(error).__name__
+        raise UsageError(f"{file} is damaged ({what}); {_others(file.parent)}") from error
 
 
 def _others(path: Path) -> str:
@@ -315,7 +339,7 @@ def flat(config: RunConfig) -> dict[str, Any]:
 def _flattened(nested: dict[str, Any]) -> dict[str, Any]:
     pairs: dict[str, Any] = {}
     for key, value in nested.items():
-        pairs |= {f"{key}.{inner}": it for inner, it in value.items()} if isinstance(value, dict) else {key: value}
+        pairs |= {f"{key}.{inner}": it for inner, it in value.items()} if isinstance(value, dict) else {f"{key}": value}
     return pairs
 
 

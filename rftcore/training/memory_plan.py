@@ -5,12 +5,12 @@ Algorithms that draw a gradient path for each step have as many plans. All of th
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from rftcore import documents
 from rftcore.blocks.budget import bytes_of
 from rftcore.errors import UsageError
 from rftcore.sampling import Plan
@@ -65,10 +65,12 @@ def load(directory: RunDirectory, config: RunConfig) -> Memory | None:
     if not path.exists():
         return None
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = documents.from_json(path.read_text(encoding="utf-8"))
         memory = Memory(int(stored["memory"]["budget"]), int(stored["memory"]["reserve"]))
+        if memory.budget < 0 or memory.reserve < 0:
+            raise ValueError(f"{memory} is less than nothing")
         return memory if stored["settings"] == _settings(config) else None
-    except (ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise UsageError(f"{path} is damaged ({error!r}); remove it, and the run is planned anew") from error
 
 

@@ -93,4 +93,4 @@ class RunDirectory:
     def rewind_metrics(self, checkpoint: Path | None) -> None:
         """Puts back metrics.jsonl as it was when the checkpoint was saved; None: as it was before the first step."""
         saved = None if checkpoint is None else checkpoint / METRICS
-        replace_file(self.metrics, saved.read_bytes() if saved is not None and saved.exists() else b"")
+        replace_file(self.metrics, saved.read_bytes() if saved is not None and saved.is_file() else b"")
