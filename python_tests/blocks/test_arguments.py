@@ -31,6 +31,8 @@ def test_an_unknown_module(module, function):
         ({"recompute": "auto", "memory_budget": 0}, "positive"),
         ({"recompute": "auto", "memory_budget": "0GiB"}, "positive"),
         ({"recompute": "auto", "memory_budget": -5}, "positive"),
+        ({"recompute": "auto", "memory_budget": "9" * 400 + "GiB"}, "positive"),
+        ({"recompute": "auto", "memory_budget": "0.1B"}, "positive"),
         ({"recompute": "auto", "memory_budget": 1.5}, "positive"),
         ({"recompute": "auto", "memory_budget": True}, "positive"),
         ({"backend": "fastest"}, r"backend='fastest' is unknown; choose one of 'auto', .*'reference'"),

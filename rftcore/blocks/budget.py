@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import reprlib
 import weakref
 from typing import Any, NamedTuple
 
@@ -115,18 +116,19 @@ def bytes_of(memory_budget: int | str) -> int:
 
     Raises: ValueError.
     """
-    if isinstance(memory_budget, int) and not isinstance(memory_budget, bool) and memory_budget > 0:
+    if isinstance(memory_budget, int) and not isinstance(memory_budget, bool) and 0 < memory_budget < 2**63:
         return memory_budget
     text = memory_budget if isinstance(memory_budget, str) else ""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*", text)
-    if not match or float(match[1]) == 0:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B|B)?\s*", text, re.ASCII)
+    unit = (match and match[2]) or "B"
+    base = 1024 if "i" in unit else 1000
+    size = float(match[1]) * base ** " KMGT".index(unit[0] if unit != "B" else " ") if match else 0.0
+    if not 1 <= size < 2**63:
         raise ValueError(
-            f"memory_budget={memory_budget!r}; it must be a positive number of bytes, or a text such as "
+            f"memory_budget={reprlib.repr(memory_budget)}; it must be a positive number of bytes, or a text such as "
             '"264MiB" or "8GiB".'
         )
-    unit = match[2] or "B"
-    base = 1024 if "i" in unit else 1000
-    return int(float(match[1]) * base ** " KMGT".index(unit[0] if unit != "B" else " "))
+    return int(size)
 
 
 def text_of(count: int) -> str:

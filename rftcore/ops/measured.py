@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+
+from rftcore import documents
 
 _TABLES = Path(__file__).parent / "tables"
 
@@ -61,12 +62,19 @@ def table(architecture: str) -> dict[str, dict[str, Winner]]:
 
 
 def read(path: Path) -> dict[str, dict[str, Winner]]:
-    """The winners of a table's file."""
-    winners = json.loads(path.read_text())["winners"]
-    return {
-        op: {key: Winner(entry["backend"], entry.get("config", {})) for key, entry in rows.items()}
-        for op, rows in winners.items()
-    }
+    """The winners of a table's file. Raises: ValueError where it is no such file."""
+    try:
+        winners = documents.from_json(path.read_text(encoding="utf-8"))["winners"]
+        return {op: {key: _entry(entry) for key, entry in rows.items()} for op, rows in winners.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no table of winners ({error!r}); install rftcore again, or tune anew") from error
+
+
+def _entry(entry: dict[str, Any]) -> Winner:
+    backend, config = entry["backend"], entry.get("config", {})
+    if not isinstance(backend, str) or not all(isinstance(sizes, dict) for sizes in dict(config).values()):
+        raise TypeError(f"{entry!r:.200} names no backend and tile sizes")
+    return Winner(backend, config)
 
 
 def tile_sizes(kernel: str, won: Winner | None) -> dict[str, Any] | None:

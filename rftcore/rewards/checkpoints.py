@@ -12,7 +12,6 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -140,18 +139,24 @@ def tensors(path: str | Path, reward: str, option: str) -> dict[str, Tensor]:
             found = load_file(path)
         else:
             found = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+    # What is no pickle, or half of one, makes errors of every kind.
+    except Exception as error:
         hint = "" if path.suffix in SAFETENSORS else _HOW_TO_CONVERT
         raise _error(reward, option, path, f"it does not read as tensors: {_first_line(error)}{hint}") from error
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         found = found["state_dict"]
     if not isinstance(found, dict) or not found:
         raise _error(reward, option, path, f"it holds a {type(found).__name__}, not tensors by name")
-    strange = [name for name, value in found.items() if not isinstance(name, str) or not isinstance(value, Tensor)]
+    strange = [name for name, value in found.items() if not isinstance(name, str) or not _is_plain(value)]
     if strange:
-        raise _error(reward, option, path, f"what it holds as {_some(strange)} is no tensor")
+        raise _error(reward, option, path, f"what it holds as {_some(strange)} is no tensor of numbers")
     _check_finite(found, reward, option, path)
     return dict(found)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether it is a tensor with a value of its own at each place: not quantised, not sparse, not without values."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and not (value.is_quantized or value.is_meta)
 
 
 def named_dtype(reward: str, name: str) -> torch.dtype:
@@ -178,9 +183,15 @@ def _quietly() -> Iterator[None]:
 
 
 def _check_finite(found: dict[str, Tensor], reward: str, option: str, place: str | Path) -> None:
-    broken = [name for name, tensor in found.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    broken = [name for name, tensor in found.items() if not _is_finite(tensor)]
     if broken:
         raise _error(reward, option, place, f"{_some(broken)} holds NaN or inf: fetch it again, or convert it again")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # The arithmetic of one byte's floats is not served.
+    wide = tensor.float() if tensor.dtype.itemsize < 2 else tensor
+    return not tensor.is_floating_point() or bool(wide.isfinite().all())
 
 
 def _error(reward: str, option: str, place: str | Path, reason: str) -> RewardSpecError:

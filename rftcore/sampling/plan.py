@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import reprlib
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from rftcore.blocks.budget import text_of
 from rftcore.sampling.denoiser import Denoiser
 from rftcore.sampling.simulation import Level, Simulation, Step, Unpredictable
 
+_COUNTS = ("batch", "replay_batch", "differentiated", "peak_bytes", "forward_flops", "plain_flops", "reserve")
 # Steps of these modes run the UNet with a graph.
 _DIFFERENTIATED = ("full", "detach_x", "detach_input")
 # Of a forward's FLOPs, what is made again where little memory at a time is to be taken for it: up to there SD1.5's and
@@ -99,12 +101,12 @@ class Plan:
     @property
     def stored_bytes(self) -> int:
         """What the stored steps keep together."""
-        return sum(self.kept_bytes[level] for level in self.stored if level is not None)
+        return sum(self.kept_bytes[level] for level in self.stored if level is not None and self.kept_bytes)
 
     @property
     def extra_percent(self) -> float:
         """FLOPs that run twice, in percent of the differentiated steps' forwards."""
-        stored = sum(self.level_extra[level] for level in self.stored if level is not None)
+        stored = sum(self.level_extra[level] for level in self.stored if level is not None and self.level_extra)
         return (stored + self.replays * self.replay_extra) / max(1, self.differentiated)
 
     @property
@@ -150,9 +152,33 @@ class Plan:
         try:
             values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
             levels = tuple(_level(level) for level in values.pop("levels"))
-            return cls(levels=levels, replay_level=_level(values.pop("replay_level")), **values)
+            plan = cls(levels=levels, replay_level=_level(values.pop("replay_level")), **values)
+            plan._check_kinds()
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"values is not a Plan.to_dict(): {error}.") from error
+        return plan
+
+    def _check_kinds(self) -> None:
+        """Raises TypeError for what no `to_dict` gives."""
+        counts = {name: getattr(self, name) for name in _COUNTS} | {
+            f"stored {n}": at for n, at in enumerate(self.stored)
+        }
+        counts |= {f"kept_bytes {n}": kept for n, kept in enumerate(self.kept_bytes)} | {"budget": self.budget}
+        optional = {"budget", *(name for name in counts if name.startswith("stored"))}
+        for name, count in counts.items():
+            if not (type(count) is int and 0 <= count < 2**63 or count is None and name in optional):
+                raise TypeError(f"{name} is {reprlib.repr(count)}, no count")
+        for extra in (self.replay_extra, *self.level_extra):
+            if type(extra) not in (int, float) or not math.isfinite(extra):
+                raise TypeError(f"extra FLOPs are {reprlib.repr(extra)}, no number")
+        if not all(isinstance(reason, str) for reason in self.reasons):
+            raise TypeError("reasons are no texts")
+        if {len(self.kept_bytes), len(self.level_extra)} - {0, len(self.levels)}:
+            raise TypeError(f"of {len(self.levels)} levels it says what {len(self.kept_bytes)} keep")
+        if self.differentiated < sum(level is not None for level in self.stored) or self.differentiated > len(
+            self.stored
+        ):
+            raise TypeError(f"{self.differentiated} of {len(self.stored)} steps are differentiated")
 
     def __str__(self) -> str:
         parts = []
@@ -539,4 +565,8 @@ def _plain(value: Any) -> Any:
 
 
 def _level(level: Any) -> Level:
-    return {name: tuple(values) for name, values in level.items()} if isinstance(level, Mapping) else level
+    if level is None or isinstance(level, str):
+        return level
+    if not all(isinstance(value, str) for values in level.values() for value in values):
+        raise TypeError("a level names no values")
+    return {name: tuple(values) for name, values in level.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,49 @@ def destination(what: str, *args: Any, **kwargs: Any) -> tuple[torch.device | No
 def stored(tensor: Tensor) -> Tensor:
     """A copy without a graph; a view would be stored with all it is a part of."""
     return tensor.detach().clone()
+
+
+def check_stored(
+    kind: str, tensors: Mapping[str, Any], sizes: Mapping[str, Sequence[int]], branches: Sequence[Any], settings: Any
+) -> None:
+    """Raises ValueError unless these are the parts of a stored record of a kind.
+
+    Args:
+        sizes: the first sizes of each tensor, -1 for any.
+        branches: the tensors of both branches of guidance by name, None for one that there is not; they have as many
+            rows as `sizes` says of the first tensor.
+    """
+
+    def refuse(what: str) -> ValueError:
+        return ValueError(f"state is not a {kind}.state_dict(): {what}.")
+
+    for name, wanted in sizes.items():
+        if not _has_sizes(tensors[name], wanted):
+            raise refuse(f"{name} is {_described(tensors[name])}, not a tensor of {tuple(wanted)} and more")
+    (rows, *_), *_ = sizes.values()
+    for branch in branches:
+        if branch is not None and not isinstance(branch, dict):
+            raise refuse(f"the conditioning is a {type(branch).__name__}, not tensors by name")
+        for name, value in (branch or {}).items():
+            if not _has_sizes(value, (rows,)):
+                raise refuse(f"{name!r} of the conditioning is {_described(value)}, not a tensor of {rows} rows")
+    if branches[0] is None or (branches[1] is not None and branches[1].keys() != branches[0].keys()):
+        raise refuse("its two branches of guidance have other tensors")
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
+        raise refuse("settings are no values by name")
+
+
+def _has_sizes(value: Any, sizes: Sequence[int]) -> bool:
+    plain = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+    return (
+        plain
+        and value.ndim >= len(sizes)
+        and all(size in (-1, found) for size, found in zip(sizes, value.shape, strict=False))
+    )
+
+
+def _described(value: Any) -> str:
+    return f"{value.layout} {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def difference(mine: dict[str, Any], theirs: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ from rftcore.sampling.conditioning import Conditioning
 from rftcore.sampling.records import (
     check_made_with,
     check_same_settings,
+    check_stored,
     destination,
     row_index,
     sent,
@@ -156,12 +157,20 @@ class Trajectory:
         Raises:
             ValueError: for a dictionary that is not one of its kind.
         """
-        rest = dict(state)
         try:
+            rest = dict(state)
             conditioning = Conditioning(rest.pop("positive"), rest.pop("negative"))
-            return cls(conditioning=conditioning, **rest)
-        except (KeyError, TypeError) as error:
+            found = cls(conditioning=conditioning, **rest)
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"state is not a Trajectory.state_dict(): {error}.") from error
+        # What is no tensor is refused below.
+        rows, steps = (
+            len(part) if isinstance(part, Tensor) and part.ndim else -1 for part in (found.latents, found.timesteps)
+        )
+        sizes = {"latents": (rows, -1), "states": (steps + 1, rows, -1), "log_probs": (rows, steps)}
+        sizes |= {"timesteps": (steps,), "stochastic": (steps,)}
+        check_stored("Trajectory", rest, sizes, (conditioning.positive, conditioning.negative), found.settings)
+        return found
 
     def check_settings(self, settings: dict[str, Any]) -> None:
         """Raises ValueError, naming the differences, unless this is a trajectory of a sampler with `settings`."""

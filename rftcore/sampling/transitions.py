@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 
 from rftcore.sampling.conditioning import Conditioning
-from rftcore.sampling.records import check_made_with, check_same_settings, destination, row_index, sent, stored
+from rftcore.sampling.records import (
+    check_made_with,
+    check_same_settings,
+    check_stored,
+    destination,
+    row_index,
+    sent,
+    stored,
+)
 
 _TENSORS = ("x", "next_x", "steps", "log_probs")
 
@@ -90,12 +98,17 @@ class Transitions:
         Raises:
             ValueError: for a dictionary that is not one of its kind.
         """
-        rest = dict(state)
         try:
+            rest = dict(state)
             conditioning = Conditioning(rest.pop("positive"), rest.pop("negative"))
-            return cls(conditioning=conditioning, **rest)
-        except (KeyError, TypeError) as error:
+            found = cls(conditioning=conditioning, **rest)
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"state is not a Transitions.state_dict(): {error}.") from error
+        # What is no tensor is refused below.
+        rows = len(found.steps) if isinstance(found.steps, Tensor) and found.steps.ndim else -1
+        sizes = {"x": (rows, -1), "next_x": (rows, -1), "steps": (rows,), "log_probs": (rows,)}
+        check_stored("Transitions", rest, sizes, (conditioning.positive, conditioning.negative), found.settings)
+        return found
 
     def check_settings(self, settings: dict[str, Any]) -> None:
         """Raises ValueError, naming the differences, unless they are of a sampler with `settings`."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,8 @@ from rftcore.errors import UsageError
 from rftcore.training.config import ModelConfig
 
 SUFFIXES = (".safetensors", ".ckpt")
+# How many times the weights may be held under "state_dict"; a training script's checkpoint does it once.
+_WRAPPED = 3
 _UNET, _VAE = "model.diffusion_model.", "first_stage_model."
 _FIRST, _LAST = f"{_UNET}input_blocks.0.0.weight", f"{_UNET}out.2.weight"
 
@@ -102,24 +103,31 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
             raise UsageError(f"{path} is no readable safetensors file: {error}; fetch it again") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError) as error:
+    # What is no pickle, or half of one, makes errors of every kind.
+    except Exception as error:
         # What torch says of it is how to load it all the same.
         raise UsageError(
             f"{path} does not load as tensors alone ({type(error).__name__}): a pickle of anything else may run code and "
             "is not opened, and a file that is not whole cannot be; give the same model as .safetensors, or fetch it again"
         ) from error
-    while isinstance(state, Mapping) and "state_dict" in state:
-        state = state["state_dict"]
+    # A pickle can hold itself.
+    for _ in range(_WRAPPED):
+        if isinstance(state, Mapping) and "state_dict" in state:
+            state = state["state_dict"]
     if not isinstance(state, Mapping):
         raise UsageError(f"{path} holds a {type(state).__name__}, no weights by their names")
-    return {key: tuple(value.shape) for key, value in state.items() if isinstance(value, torch.Tensor)}
+    return {
+        key: tuple(value.shape)
+        for key, value in state.items()
+        if isinstance(key, str) and isinstance(value, torch.Tensor)
+    }
 
 
 def _kind(shapes: Mapping[str, tuple[int, ...]], path: Path) -> Kind:
     for part, what in _NOT_SERVED.items():
         if any(key.startswith(part) or f".{part}" in key for key in shapes):
             raise UsageError(f"{path} {what}")
-    if _FIRST not in shapes or _LAST not in shapes:
+    if len(shapes.get(_FIRST, ())) < 2 or not shapes.get(_LAST):
         raise UsageError(f"{path} is no checkpoint of a whole model: {_what_else(shapes)}")
     takes, gives = shapes[_FIRST][1], shapes[_LAST][0]
     if takes != gives:
