@@ -398,12 +398,14 @@ def main() -> None:
             break
         source = sources[mutation.file]
         change = mutation.change(source)
-        outcome = _outcome(mutation, source, found[Path(mutation.file).parent.name], arguments)
+        verdict = _judgement(judged, mutation, change)
+        again = arguments.survivors and verdict is None
+        outcome = _outcome(mutation, source, found[Path(mutation.file).parent.name], arguments.seconds, again)
         entry = {
             "file": mutation.file, "line": mutation.line, "operator": mutation.operator,
             "before": change[0], "after": change[1], "result": outcome.result, "by": outcome.by,
         }  # fmt: skip
-        if outcome.result in ("survived", "not run") and (verdict := _judgement(judged, mutation, change)):
+        if outcome.result in ("survived", "not run") and verdict:
             entry |= {"result": verdict["verdict"], "by": verdict["reason"]}
         mutants.append(entry)
         where = f"{i + 1}/{len(mutations)} {mutation.file}:{mutation.line} {mutation.operator}"
@@ -417,14 +419,14 @@ def main() -> None:
             print(row)
 
 
-def _outcome(mutation: Mutation, source: str, found: dict[str, Any], arguments: argparse.Namespace) -> Outcome:
-    """Of this mutant, kept for this state of its file."""
+def _outcome(mutation: Mutation, source: str, found: dict[str, Any], budget: float, again: bool) -> Outcome:
+    """Of this mutant, kept for this state of its file; `again` runs it although it is kept, where it survived."""
     kept = _CACHE / f"mutant-{hashlib.sha256(repr((source, mutation)).encode()).hexdigest()[:24]}.json"
     if kept.exists():
         known = Outcome(**json.loads(kept.read_text()))
-        if not (arguments.survivors and known.result in ("survived", "not run")):
+        if not (again and known.result in ("survived", "not run")):
             return known
-    order, seconds = _order(mutation, found, arguments.seconds)
+    order, seconds = _order(mutation, found, budget)
     outcome = Outcome("not run")
     if order:
         mutated = mutation.applied(source)

@@ -1,5 +1,6 @@
 """Why Triton kernels may not be launched, and where tile sizes and capabilities come from."""
 
+import contextlib
 import functools
 import sys
 
@@ -8,6 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rftcore.ops import fused_linears, jit
+from rftcore.ops.gated_linear import gated_linear_backward, gated_linear_forward
 from rftcore.ops.measured import Winner
 from rftcore.ops.projections import Adapter, Projection
 
@@ -115,3 +117,40 @@ def test_dtypes_of_adapters(monkeypatch):
     for adapters, refused in (((half,), 0), ((full,), 0), ((half, full), 1), ((torch.bfloat16,), 1)):
         found = fused_linears.reasons(x, [projection(2, dtype, half) for dtype in adapters])
         assert len(found) == refused and all("adapters are" in words for words in found)
+
+
+@pytest.mark.parametrize("device", [torch.device("cpu"), torch.device("cuda", 1)])
+def test_launches_run_in_their_order_on_their_device(monkeypatch, device):
+    seen = []
+
+    class Launch:
+        def __init__(self, name):
+            self.run = lambda: seen.append(name)
+
+    @contextlib.contextmanager
+    def current(chosen):
+        seen.append(chosen)
+        yield
+        seen.append("done")
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    jit.run(device, Launch("first"), Launch("second"))
+    assert seen == ["first", "second"] if device.type == "cpu" else seen == [device, "first", "second", "done"]
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter")
+@pytest.mark.parametrize("kept", [True, False])
+def test_frozen_adapters_take_part_in_a_gate_that_is_made_again(monkeypatch, kept):
+    """Of the input's gradient alone, from u or without it."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x, grad = torch.randn(3, 16), torch.randn(3, 8)
+    p = Projection(torch.randn(16, 16), None, (Adapter(torch.randn(2, 16), torch.randn(16, 2), 0.5),))
+    needs = [True, *[False] * 6]
+    gradients = []
+    for backend in ("separate", "triton"):
+        _, u = gated_linear_forward(x, p, None, None, backend, keep=True)
+        found = gated_linear_backward(grad, x, u if kept else None, p, None, None, backend, needs)
+        assert [g is not None for g in found] == needs
+        gradients.append(found[0])
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-4)
