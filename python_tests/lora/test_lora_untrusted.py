@@ -112,3 +112,11 @@ def test_an_alpha_for_each_of_many_layers_is_read_in_no_time(tmp_path):
 def test_changes_of_almost_nothing_are_compared(tmp_path):
     path = str(write(tmp_path / "a.safetensors", value=1e-42, **{f"{NAME}.alpha": torch.tensor(1e-40)}))
     assert "1.0000" in run("diff", {"first": path, "second": path})
+
+
+@pytest.mark.parametrize("name", ["unet.middle_block.0.a", "text_encoder_2.text_projection", NAME])
+@pytest.mark.parametrize("layout", ["diffusers", "peft"])
+def test_layers_of_other_names_and_large_alphas_read_back(name, layout, tmp_path):
+    lora = Lora({name: Layer(torch.ones(2, 3), torch.ones(4, 2), 1e30)})
+    again = files.read(files.write(lora, tmp_path / ("a.safetensors" if layout == "diffusers" else "a"), layout))
+    assert {name: layer.alpha for name, layer in again.layers.items()} == {name: 1e30}

@@ -42,6 +42,7 @@ TRAJECTORY = Trajectory(
         {"differentiated": 1},
         {"differentiated": 9},
         {"replay_extra": None},
+        {"replay_extra": 10**400},
         {"replay_level": 3},
         {"forward_flops": 10**400},
         {"x": 1},
@@ -75,6 +76,13 @@ def test_records_of_others(record, other):
             type(record).from_state_dict({key: value for key, value in state.items() if key != name})
     with pytest.raises(ValueError, match="state is not a"):
         type(record).from_state_dict(other)
+
+
+@pytest.mark.parametrize("record", [TRANSITIONS, TRAJECTORY], ids=["transitions", "trajectory"])
+def test_settings_that_cannot_be_compared(record):
+    for wrong in (torch.ones(2), [torch.ones(2)]):
+        with pytest.raises(ValueError, match="settings are no plain values"):
+            type(record).from_state_dict(record.state_dict() | {"settings": {"steps": wrong}})
 
 
 @pytest.mark.parametrize("record", [TRANSITIONS, TRAJECTORY], ids=["transitions", "trajectory"])

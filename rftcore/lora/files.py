@@ -152,7 +152,8 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _write_folder(lora: Lora, path: Path) -> None:
     # One component needs no subfolder, unless it is one that its keys do not tell.
-    alone = lora.components in (["unet"], ["text_encoder"])
+    first = lora.components[0]
+    alone = len(lora.components) == 1 and all(layouts.tells_component(first, module) for module in lora.of(first))
     folders = {component: path if alone else path / component for component in lora.components}
     for component, folder in folders.items():
         _write_peft(lora, component, folder)

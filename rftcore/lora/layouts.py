@@ -152,9 +152,7 @@ def config(lora: Lora, component: str) -> dict[str, Any]:
     layers = {name.removeprefix("text_model."): layer for name, layer in lora.of(component).items()}
     ranks = {name: layer.rank for name, layer in layers.items()}
     # As integers where they are: that is what most have.
-    alphas = {
-        name: int(layer.alpha) if layer.alpha == int(layer.alpha) else layer.alpha for name, layer in layers.items()
-    }
+    alphas = {name: _whole(layer.alpha) for name, layer in layers.items()}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     return {
         "peft_type": "LORA",
@@ -167,6 +165,15 @@ def config(lora: Lora, component: str) -> dict[str, Any]:
         "bias": "none",
         "inference_mode": True,
     }
+
+
+def _whole(alpha: float) -> float:
+    return int(alpha) if abs(alpha) < 2**53 and alpha == int(alpha) else alpha
+
+
+def tells_component(component: str, module: str) -> bool:
+    """Whether a key of PEFT's layout says by itself what it is of."""
+    return _component(module, None) == component
 
 
 def _commonest(values: Iterable[float]) -> float:

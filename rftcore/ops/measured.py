@@ -72,7 +72,11 @@ def read(path: Path) -> dict[str, dict[str, Winner]]:
 
 def _entry(entry: dict[str, Any]) -> Winner:
     backend, config = entry["backend"], entry.get("config", {})
-    if not isinstance(backend, str) or not all(isinstance(sizes, dict) for sizes in dict(config).values()):
+    if (
+        not isinstance(backend, str)
+        or not isinstance(config, dict)
+        or not all(isinstance(sizes, dict) for sizes in config.values())
+    ):
         raise TypeError(f"{entry!r:.200} names no backend and tile sizes")
     return Winner(backend, config)
 

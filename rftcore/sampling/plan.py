@@ -154,7 +154,7 @@ class Plan:
             levels = tuple(_level(level) for level in values.pop("levels"))
             plan = cls(levels=levels, replay_level=_level(values.pop("replay_level")), **values)
             plan._check_kinds()
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"values is not a Plan.to_dict(): {error}.") from error
         return plan
 

@@ -90,8 +90,14 @@ def check_stored(
                 raise refuse(f"{name!r} of the conditioning is {_described(value)}, not a tensor of {rows} rows")
     if branches[0] is None or (branches[1] is not None and branches[1].keys() != branches[0].keys()):
         raise refuse("its two branches of guidance have other tensors")
-    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings):
-        raise refuse("settings are no values by name")
+    if not isinstance(settings, dict) or not all(isinstance(name, str) for name in settings) or not _is_plain(settings):
+        raise refuse("settings are no plain values by name")
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple, dict)):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _has_sizes(value: Any, sizes: Sequence[int]) -> bool:
