@@ -4,7 +4,7 @@ VENV := .venv
 # Written when the package is installed; what compiled code and dependencies are made from makes it old.
 INSTALLED := $(VENV)/.rftcore-installed
 
-.PHONY: setup demo test test-all docs lint types mutants build wheel-check clean
+.PHONY: setup demo test test-all docs lint types mutants build wheel-check clean fuzz
 
 setup: $(INSTALLED)
 
@@ -59,6 +59,11 @@ build: $(DEVELOPED)
 # The same without nvcc, installed into an environment of its own and used elsewhere.
 wheel-check: $(DEVELOPED)
 	.ci/wheel-check $(VENV)/bin/python
+
+# What reads files and configs, against inputs that coverage guides: five minutes of each target, and what it found.
+fuzz: setup
+	$(VENV)/bin/python -m pip install --quiet "atheris>=3"
+	$(VENV)/bin/python -m fuzz
 
 clean:
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis $(INSTALLED) $(DEVELOPED)

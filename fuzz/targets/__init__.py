@@ -1,0 +1,1 @@
+"""A module for each thing that reads: `check(data, folder)` and `seeds()`."""
