@@ -7,10 +7,9 @@ import sys
 import pytest
 import torch
 from against_stock import assert_equal, assert_same, backward, inputs, make, pair, results
-from diffusers.models.attention import BasicTransformerBlock, FeedForward
-from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import AttnProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.upsampling import Upsample2D
 
 import rftcore
 
@@ -75,21 +74,32 @@ def test_a_block_that_was_given_another_class():
     assert "_Doubled" in str(rftcore.report(ours))
 
 
-@pytest.mark.parametrize("kind", [FeedForward, Attention, Upsample2D])
-def test_a_class_that_was_patched_before_any_call(kind):
-    """In a process of its own: here these classes have long been seen."""
-    code = f"""
-import sys; sys.path[:0] = {sys.path!r}
-import copy, torch, rftcore, rftcore.blocks
+_PATCHED_FIRST = """
+import copy, os, sys
+sys.path[:0] = {path!r}
+import torch, rftcore, rftcore.blocks
 from against_stock import assert_equal, make, results
-from {kind.__module__} import {kind.__name__} as kind
-original = kind.forward
-kind.forward = lambda self, *args, **kwargs: 1.5 * original(self, *args, **kwargs)
-stock = make()
-unet = rftcore.accelerate(copy.deepcopy(stock))
-assert_equal(results(unet), results(stock))
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.upsampling import Upsample2D
+
+for kind in (FeedForward, Attention, Upsample2D):
+    if os.fork() == 0:
+        original = kind.forward
+        kind.forward = lambda self, *args, **kwargs: 1.5 * original(self, *args, **kwargs)
+        stock = make()
+        unet = rftcore.accelerate(copy.deepcopy(stock))
+        assert_equal(results(unet), results(stock))
+        sys.exit()
+    if os.wait()[1]:
+        sys.exit(kind.__name__)
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_class_that_was_patched_before_any_call():
+    """In processes of their own: here these classes have long been seen."""
+    done = subprocess.run([sys.executable, "-c", _PATCHED_FIRST.format(path=sys.path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_who_looks_at_the_norms_output_sees_it():

@@ -1,7 +1,5 @@
 """One rank of test_two_processes.py: a user's loop around an accelerated UNet, by itself stock; saves its gradients."""
 
-import sys
-
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from against_stock import assert_served, inputs, make
@@ -34,7 +32,7 @@ def gradients(unet):
     return found
 
 
-def main(output):
+def main(folder, rank):
     results = {}
     for case in ("before", "after", "DistributedDataParallel", "unused", "block"):
         unused = case == "unused"
@@ -67,9 +65,4 @@ def main(output):
         results[f"{case}, accumulated"] = gradients(unet)
         if several:
             assert_served(unet)
-    torch.save(results, output)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(sys.argv[1])
+    torch.save(results, folder / f"{rank}.pt")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from rftcore import cli
 from rftcore.errors import RunError
 from rftcore.rewards import declare
 from rftcore.training import Trainer, check
@@ -159,8 +160,6 @@ def test_the_command_beside_a_running_one(tmp_path):
     assert (folder / "metrics.jsonl").read_text() == "mine\n"
 
 
-def test_mistakes_are_told_as_for_train():
-    result = subprocess.run(
-        [sys.executable, "-m", "rftcore", "check", "draft", "--config", "digit_draft"], capture_output=True, text=True
-    )
-    assert result.returncode == 2 and "did you mean 'digits_draft'" in result.stderr
+def test_mistakes_are_told_as_for_train(capsys):
+    assert cli.main(["check", "draft", "--config", "digit_draft"]) == 2
+    assert "did you mean 'digits_draft'" in capsys.readouterr().err

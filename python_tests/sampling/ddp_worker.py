@@ -1,7 +1,6 @@
 """One rank of test_ddp.py: a plain user loop around an accelerate-prepared UNet; saves its gradients."""
 
 import copy
-import sys
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -70,7 +69,7 @@ def refusal_of_a_sharded_unet():
         return str(error)
 
 
-def main(output):
+def main(folder, rank):
     results = {}
     for unused in (False, True):
         accelerator = Accelerator(
@@ -100,9 +99,4 @@ def main(output):
         results[f"accumulated, unused={unused}"] = gradients(unet)
     if accelerator.num_processes > 1:
         results["sharded"] = refusal_of_a_sharded_unet()
-    torch.save(results, output)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main(sys.argv[1])
+    torch.save(results, folder / f"{rank}.pt")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from processes import launch
+from processes import launch, saved
 
 WORKER = Path(__file__).with_name("ddp_worker.py")
 
@@ -12,8 +12,8 @@ WORKER = Path(__file__).with_name("ddp_worker.py")
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    (alone,) = launch(WORKER, 1, folder)
-    return alone, *launch(WORKER, 2, folder)
+    launch(WORKER, folder)
+    return saved(folder)
 
 
 def test_two_processes_equal_one(ranks):
