@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser, Namespace
+from jsonargparse import ArgumentParser, Namespace
 
 from rftcore import __version__
 from rftcore.commands import bench_options, lora_options, plan_options, sample_options
@@ -17,7 +17,7 @@ from rftcore.rewards import RewardSpecError
 from rftcore.training import recipes
 from rftcore.training.algorithm_configs import ALGORITHMS
 from rftcore.training.config import RunConfig
-from rftcore.training.parsing import add_options, build
+from rftcore.training.parsing import add_options, build, parsed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,11 +111,9 @@ def _subparser(description: str | None, **settings: Any) -> ArgumentParser:
 def _parse(arguments: list[str]) -> Namespace:
     parser = _parser(arguments)
     try:
-        return parser.parse_args(arguments)
-    except ArgumentError as error:
-        if isinstance(error.__cause__, UsageError):
-            raise error.__cause__ from None
-        raise UsageError(_with_nearest(" ".join(str(error).split()), parser, arguments)) from error
+        return parsed(parser, arguments)
+    except UsageError as error:
+        raise UsageError(_with_nearest(str(error), parser, arguments)) from error
 
 
 def _with_nearest(message: str, parser: ArgumentParser, arguments: list[str]) -> str:

@@ -92,6 +92,7 @@ def test_images_that_are_scored_again_count_once_among_the_parts():
         ([(mean, 1), (mean, 2)], "'mean' is in the weighted sum twice"),
         ([(mean, 0)], "weight 0; .*eval.held_out_reward"),
         ([(mean, float("nan"))], "weight nan"),
+        ([(mean, 10**400)], "weight 1000"),
         ([(mean, "10")], "weight '10'; it must be a finite number"),
     ],
 )

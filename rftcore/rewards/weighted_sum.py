@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +34,7 @@ class WeightedSum:
             )
         for reward, weight in parts:
             number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-            if not number or not math.isfinite(weight) or weight == 0:
+            if not number or not abs(weight) <= sys.float_info.max or weight == 0:
                 raise RewardSpecError(
                     f"reward {reward.name!r} has the weight {weight!r}; it must be a finite number and not 0. To only "
                     "measure a reward, name it in eval.held_out_reward"
