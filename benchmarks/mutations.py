@@ -122,7 +122,7 @@ class Mutation:
 def sites(file: str, source: str) -> list[list[Mutation]]:
     """The places of a file that can be mutated, each with its variants; not all compile.
 
-    Left alone: annotations, what an error or a warning says, __repr__, `if TYPE_CHECKING`.
+    Left alone: annotations, what an error or a warning says, __repr__, what stands under `if TYPE_CHECKING`.
     """
     counts = dict.fromkeys(_OPERATORS, 0)
     places: dict[tuple, list[Mutation]] = {}
@@ -150,8 +150,6 @@ def _with_ancestors(node) -> Iterator:
 def _left_alone(node) -> bool:
     for inner in _with_ancestors(node):
         outer = inner.parent
-        if inner.type == "if_stmt" and inner.children[1].get_code(False) == "TYPE_CHECKING":
-            return True
         if outer is None:
             return False
         if outer.type == "tfpdef" and inner is outer.children[-1]:
@@ -165,6 +163,8 @@ def _left_alone(node) -> bool:
         if outer.type == "funcdef" and outer.name.value in _TEXT_FUNCTIONS:
             return True
         if outer.type in ("atom_expr", "power") and outer.get_code(False).split("(")[0].split(".")[0] in _TEXT_CALLS:
+            return True
+        if outer.type == "if_stmt" and outer.children[1].get_code(False) == "TYPE_CHECKING":
             return True
     return False
 

@@ -42,7 +42,7 @@ def changes():
 
 
 def test_annotations_messages_and_texts_are_left_alone():
-    assert sorted(changes()) == [8, 10, 11, 12, 13, 14, 17]
+    assert sorted(changes()) == [4, 8, 10, 11, 12, 13, 14, 17]
     after = {line: [new for *_, new in found] for line, found in changes().items()}
     assert after[8] == ["def f(x: int | None = 4) -> list | None:", "def f(x: int | None = 2) -> list | None:"]
     assert after[11] == after[12] == ["pass"]
