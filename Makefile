@@ -15,7 +15,7 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -t
 	touch $@
 
 # What looks at the code, and what builds it for others.
-CODE := rftcore kernels python_tests benchmarks examples docs .ci
+CODE := rftcore kernels python_tests benchmarks examples docs fuzz .ci
 DEVELOPED := $(VENV)/.rftcore-developed
 $(DEVELOPED): $(INSTALLED)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"

@@ -59,7 +59,7 @@ def main() -> None:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
             try:
                 guard.watch(lambda: target.check(data, folder))
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001  Whatever it is, it is a finding.
                 findings.add(error, data)
 
         atheris.Setup([sys.argv[0], *arguments], one)

@@ -64,7 +64,7 @@ def _fork(size, rank, port, work):
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         work()
         status = 0
-    except BaseException:
+    except BaseException:  # noqa: BLE001  Told, and the status says it: nothing may go on in a fork.
         traceback.print_exc()
     finally:
         sys.stderr.flush()

@@ -72,7 +72,7 @@ def _settled(namespace, folder: Path) -> None:
     elif command == "configs" and namespace.configs.action == "cp":
         target = namespace.configs.cp.target
         # Only inside the folder: a word may be any path.
-        if target is None or not Path(target).is_absolute() and ".." not in Path(target).parts:
+        if target is None or (not Path(target).is_absolute() and ".." not in Path(target).parts):
             tried(_ERRORS, recipes.copy, namespace.configs.cp.name, target)
     elif command == "lora":
         for word in namespace.lora[namespace.lora.action].as_dict().values():

@@ -24,7 +24,8 @@ _NAMES = (
     "base_model.model.down_blocks.0.resnets.0.conv1", "base_model.model.text_model.encoder.layers.1.mlp.fc1",
     "lora_unet_input_blocks_4_1_transformer_blocks_0_attn2_to_k", "lora_unet_mid_block_attentions_0_proj_in",
     "lora_te_text_model_encoder_layers_0_self_attn_q_proj", "lora_te1_text_model_encoder_layers_0_mlp_fc1",
-    "lora_te2_text_projection", "lora_unet_output_blocks_2_2_conv", "lora_unet_label_emb_0_0", "lora_unet_", "unet", "", "x",
+    "lora_te2_text_projection", "lora_unet_output_blocks_2_2_conv", "lora_unet_label_emb_0_0",
+    "lora_unet_", "unet", "", "x",
     "unet.down_blocks.0.attentions.0.attn1.processor.to_q_lora", "unet.middle_block.0.a", "lora_unet_middle_block_9_a_b",
 )  # fmt: skip
 _DOWN = (

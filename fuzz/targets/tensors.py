@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import pickle
 import zipfile
@@ -44,10 +45,8 @@ def check(data: bytes, folder: Path) -> None:
     (folder / f"a{suffix}").write_bytes(content)
     checkpoint = folder / f"a{'.ckpt' if suffix == '.pt' else suffix}"
     checkpoint.write_bytes(content)
-    try:
+    with contextlib.suppress(Refused):
         tried((UsageError,), single_file.configs_name, checkpoint, ModelConfig(original_config=str(folder)))
-    except Refused:
-        pass
     found = tried((RewardSpecError,), checkpoints.tensors, folder / f"a{suffix}", "aesthetic", "weights")
     demand(bool(found) and all(isinstance(value, torch.Tensor) for value in found.values()), "no tensors")
 

@@ -3,6 +3,8 @@
 A block is left out by a line above it that says why: `<!-- skip: next "needs SD1.5's weights" -->`.
 """
 
+import contextlib
+import itertools
 import re
 import shlex
 from importlib import import_module
@@ -45,10 +47,11 @@ def check_command(words):
     command, *arguments = words
     if command == "accelerate" and arguments[0] == "launch":
         ours = next(i for i, word in enumerate(arguments) if word == "-m" or word.endswith(".py"))
-        return check_command(["python", *arguments[ours:]])
+        check_command(["python", *arguments[ours:]])
+        return
     if command == "rftcore" or words[:3] == ["python", "-m", "rftcore"]:
-        return check_rftcore(arguments[2:] if command == "python" else arguments)
-    if words[:2] == ["python", "-m"]:
+        check_rftcore(arguments[2:] if command == "python" else arguments)
+    elif words[:2] == ["python", "-m"]:
         assert find_spec(arguments[1]), f"python -m {arguments[1]}: there is no such module"
     elif command == "python" and arguments[0].startswith("examples/"):
         assert (ROOT / arguments[0]).is_file(), f"{arguments[0]}: there is no such file"
@@ -64,7 +67,7 @@ def check_command(words):
 
 def check_rftcore(arguments):
     # A file of the user's own is taken to be there, with nothing in it that matters here.
-    for flag, value in zip(arguments, arguments[1:]):
+    for flag, value in itertools.pairwise(arguments):
         path = Path(value)
         if flag == "--config" and path.suffix == ".yaml" and not path.exists():
             path.write_text("seed: 0\n")
@@ -84,7 +87,7 @@ def read_config(example):
         try:
             load_config(algorithm, path)
             return
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  Whatever it is, it is told.
             errors.append(f"{algorithm}: {' '.join(str(error).split())[:300]}")
     raise UsageError("no algorithm's config: " + "\n".join(errors))
 
@@ -119,10 +122,8 @@ def test_blocks(page, tmp_path, monkeypatch, first_run):
     if "```python" in document.text:
         document.namespace.update(names())
     for example in document.examples():
-        try:
+        with contextlib.suppress(SkipTest):
             example.evaluate()
-        except SkipTest:
-            pass
 
 
 @pytest.mark.parametrize(

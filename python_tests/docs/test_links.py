@@ -35,9 +35,9 @@ def wrong(page):
                 found.append(target)
             continue
         file = (page.parent / parts.path).resolve() if parts.path else page
-        if not file.exists() or ROOT not in file.parents:
-            found.append(target)
-        elif parts.fragment and file.suffix == ".md" and parts.fragment not in anchors(file.read_text()):
+        inside = file.exists() and ROOT in file.parents
+        named = inside and parts.fragment and file.suffix == ".md"
+        if not inside or (named and parts.fragment not in anchors(file.read_text())):
             found.append(target)
     return found
 

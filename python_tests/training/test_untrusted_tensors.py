@@ -1,4 +1,4 @@
-"""Files of tensors that hold something else: refused by name, without an end that does not come and without running code."""
+"""Files of tensors that hold something else: refused by name, at once, and without running code."""
 
 import zipfile
 

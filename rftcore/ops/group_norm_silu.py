@@ -133,9 +133,6 @@ def _by_torch(x, weight, bias, channel_bias, scale, shift, num_groups, eps, silu
 _CHAINS = {"torch": _by_torch, "reference": group_norm_silu_reference}
 
 
-
-
-
 class _GroupNormSiLU(torch.autograd.Function):
     """Saves inputs and statistics; the backward recomputes the rest."""
 

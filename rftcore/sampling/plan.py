@@ -166,7 +166,7 @@ class Plan:
         counts |= {f"kept_bytes {n}": kept for n, kept in enumerate(self.kept_bytes)} | {"budget": self.budget}
         optional = {"budget", *(name for name in counts if name.startswith("stored"))}
         for name, count in counts.items():
-            if not (type(count) is int and 0 <= count < 2**63 or count is None and name in optional):
+            if not ((type(count) is int and 0 <= count < 2**63) or (count is None and name in optional)):
                 raise TypeError(f"{name} is {reprlib.repr(count)}, no count")
         for extra in (self.replay_extra, *self.level_extra):
             if type(extra) not in (int, float) or not math.isfinite(extra):
