@@ -233,4 +233,4 @@ class AlignProp(Trl):
             mixed_precision="no", sample_num_steps=4, train_batch_size=2, train_gradient_accumulation_steps=1,
             truncated_backprop_rand=False, truncated_backprop_timestep=2, train_learning_rate=1e-3,
         )  # fmt: skip
-        return AlignPropTrainer(config, lambda *args: self.redness(*args)[0], self.prompt, self.trl_pipe)
+        return AlignPropTrainer(config, self.redness, self.prompt, self.trl_pipe)
