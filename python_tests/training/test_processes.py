@@ -11,6 +11,7 @@ import tiny
 import torch
 import train_fp64
 import yaml
+from processes import launch
 from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
@@ -33,24 +34,18 @@ ENVIRONMENT = {
 }
 
 
-def launch(*command):
-    result = subprocess.run([*LAUNCH, *command], env=ENVIRONMENT, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stderr[-4000:]
-
-
 @pytest.fixture(scope="module")
 def trained(model, tmp_path_factory):
-    """Folder of the runs of one process, and of two."""
+    """Folder of the runs of one process, "1", and of two, "2"."""
     folder = tmp_path_factory.mktemp("processes")
-    train_fp64.main(str(model), str(folder / "one"))
-    launch(str(HERE / "train_fp64.py"), str(model), str(folder / "two"))
+    launch(HERE / "train_fp64.py", folder, str(model))
     return folder
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("fp64", 1e-11), ("fp32", 1e-5)])
 @pytest.mark.parametrize("algorithm", train_fp64.TRAIN)
 def test_two_processes_train_what_one_trains(trained, algorithm, dtype, bound):
-    folders = [trained / name / f"{algorithm}-{dtype}" for name in ("one", "two")]
+    folders = [trained / name / f"{algorithm}-{dtype}" for name in ("1", "2")]
     weights = f"checkpoint-{train_fp64.STEPS}/trainable.safetensors"
     one, two = (load_file(folder / weights) for folder in folders)
     difference = sum(torch.sum((one[name].double() - two[name].double()) ** 2) for name in one).sqrt()
@@ -74,6 +69,8 @@ def test_command_line_under_accelerate_launch(model, tmp_path):
     (tmp_path / "run.yaml").write_text(
         yaml.safe_dump(tiny.values(model, tmp_path / "run", train={"max_train_steps": 1}))
     )
-    launch("-m", "rftcore", "train", "draft", "--config", str(tmp_path / "run.yaml"))
+    command = [*LAUNCH, "-m", "rftcore", "train", "draft", "--config", str(tmp_path / "run.yaml")]
+    result = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-4000:]
     assert json.loads((tmp_path / "run" / "env.json").read_text())["processes"] == 2
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()

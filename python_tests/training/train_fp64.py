@@ -1,9 +1,6 @@
-"""Trains the tiny pipeline by several algorithms in turn, in fp64 and fp32, for `accelerate launch`.
+"""Trains the tiny pipeline by several algorithms in turn, in fp64 and fp32; several processes compare their gradients."""
 
-Model folder and output folder are the arguments. On several processes each step's gradients are compared.
-"""
-
-import sys
+from pathlib import Path
 
 import tiny
 import torch
@@ -47,19 +44,14 @@ def compare_gradients(trainer: Trainer, compared: list[int]) -> None:
     trainer.optimizer.optimizer.register_step_pre_hook(compare)
 
 
-def main(model: str, output_dir: str) -> None:
-    torch.set_num_threads(1)
+def main(folder: Path, rank: int, model: str) -> None:
     for algorithm in TRAIN:
         for name, dtype in DTYPES.items():
             pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None).to(dtype)
-            run = config(algorithm, model, f"{output_dir}/{algorithm}-{name}")
+            run = config(algorithm, model, str(folder / f"{algorithm}-{name}"))
             trainer, compared = Trainer(run, pipeline=pipeline), []
             compare_gradients(trainer, compared)
             # It would leave the group of processes, which the next run needs.
             trainer.accelerator.end_training = trainer.accelerator.wait_for_everyone
             trainer.train()
             assert len(compared) == STEPS, compared
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
