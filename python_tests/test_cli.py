@@ -1,6 +1,8 @@
 """The command line as a user types it, mistakes included."""
 
+import os
 import resource
+import signal
 import subprocess
 import sys
 
@@ -127,6 +129,14 @@ def test_a_mistake_is_the_processes_status():
     result = rftcore("trian")
     assert result.returncode == 2
     assert "invalid choice: 'trian'" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_who_reads_may_have_enough():
+    reading, writing = os.pipe()
+    os.close(reading)
+    result = subprocess.run([sys.executable, "-m", "rftcore", "configs", "ls"], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert result.returncode == 128 + signal.SIGPIPE and not result.stderr
 
 
 @pytest.mark.parametrize(

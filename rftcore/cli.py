@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -26,13 +27,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        return _run(_parse(sys.argv[1:] if arguments is None else list(arguments)))
+        status = _run(_parse(sys.argv[1:] if arguments is None else list(arguments)))
+        sys.stdout.flush()
+        return status
     except (UsageError, PromptsError, RewardSpecError) as error:
         return _fail(error, 2)
     except RunError as error:
         return _fail(error, 1)
     except Interrupted as error:
         return _fail(error, 128 + error.signal_number)
+    except BrokenPipeError:
+        # Who reads has enough, as in `rftcore configs ls | head`; Python would flush, and complain, once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         return _fail("interrupted at once; nothing was saved now, complete checkpoints stay", 130)
 
