@@ -116,7 +116,7 @@ class Mutation:
         while end < min(len(before), len(after)) - start and before[-1 - end] == after[-1 - end]:
             end += 1
         old, new = before[start : len(before) - end], after[start : len(after) - end]
-        return " ".join(line.strip() for line in old), " ".join(line.strip() for line in new)
+        return " ".join(line.strip() for line in old).strip(), " ".join(line.strip() for line in new).strip()
 
 
 def sites(file: str, source: str) -> list[list[Mutation]]:

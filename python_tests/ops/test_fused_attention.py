@@ -17,6 +17,11 @@ def test_what_a_projection_makes_is_read_where_it_lies(dtype):
         x = as_a_projection_makes_them(dtype, heads=heads)
         ready = fused_attention._ready(x)
         assert ready.data_ptr() == x.data_ptr() and torch.equal(ready, x.transpose(1, 2))
+        # As the second of three that one projection makes.
+        joint = torch.randn(3, 5, 3, heads, 8).to(dtype)
+        x = joint[:, :, 1].transpose(1, 2)
+        ready = fused_attention._ready(x)
+        assert ready.data_ptr() == x.data_ptr() and torch.equal(ready, x.transpose(1, 2))
 
 
 def test_what_is_laid_out_otherwise_is_copied():
@@ -36,3 +41,15 @@ def test_what_is_laid_out_otherwise_is_copied():
 def test_a_sign_and_a_positive_scale():
     """sign * scale is the scale; 0 makes all logits 0, whatever the scale is then."""
     assert [fused_attention._sign(scale) for scale in (0.5, -0.5, 0.0)] == [(1, 0.5), (-1, 0.5), (0, 1.0)]
+
+
+def test_few_keys_have_a_kernel_of_their_own():
+    """However many heads, images and queries there are."""
+    pytest.importorskip("rftcore.kernels.launch", reason="Triton is not installed", exc_type=ImportError)
+    few = fused_attention._FEW_KEYS
+    found = []
+    for keys in (1, few, few + 1):
+        q, k = torch.empty(few + 1, few + 1, few + 1, 8), torch.empty(few + 1, few + 1, keys, 8)
+        found.append(fused_attention._kernels(q, k, k)[1])
+        found.append(fused_attention._kernels(q[:1, :1, :1], k[:1, :1], k[:1, :1])[1])
+    assert found == ["cross_attention"] * 4 + ["attention"] * 2

@@ -154,3 +154,14 @@ def test_frozen_adapters_take_part_in_a_gate_that_is_made_again(monkeypatch, kep
         assert [g is not None for g in found] == needs
         gradients.append(found[0])
     torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-4)
+
+
+@needs_triton
+@pytest.mark.skipif(torch.cuda.is_available(), reason="in the interpreter")
+def test_what_a_gate_keeps_has_the_inputs_shape(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    x, p = torch.randn(2, 3, 16), Projection(torch.randn(16, 16), torch.randn(16), ())
+    (right, u), (ours, kept) = (gated_linear_forward(x, p, None, None, b, keep=True) for b in ("separate", "triton"))
+    assert ours.shape == (2, 3, 8) and kept.shape == (2, 3, 16)
+    torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(kept, u, rtol=1e-5, atol=1e-5)

@@ -344,3 +344,13 @@ def test_one_image_is_a_batch_and_none_is_not(gradient):
     assert rewards.tolist() == [0.75] and rewards.requires_grad == gradient
     with pytest.raises(ValueError, match="latents holds no images"):
         rftcore.score(None, latents[:0], lambda images, *_: images.mean((1, 2, 3)), [])
+
+
+def test_small_gradients_of_images_decoded_again_survive_fp16(vae):
+    """1e-8 is below what fp16 holds; 2^12 times that is not."""
+    model, latents = vae(torch.float16).requires_grad_(False), torch.randn(2, 4, 8, 8, requires_grad=True)
+    weights = 1e-8 * torch.randn(2, 3, 16, 16)
+    (ours,) = torch.autograd.grad((rftcore.decode(model, latents, clamp="none") * weights).sum(), latents)
+    images = rftcore.decode(model.float(), latents, clamp="none", images_per_call=2)
+    (right,) = torch.autograd.grad((images * weights).sum(), latents)
+    assert (ours - right).norm() < 0.05 * right.norm()
