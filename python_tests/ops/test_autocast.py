@@ -4,8 +4,10 @@ import contextlib
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rftcore.ops import autocast
+from rftcore.ops.lora_linear import _norm_dtype, project
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 
@@ -37,3 +39,21 @@ def test_what_is_lowered():
         assert autocast.lowered(a, None) == stored
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert autocast.lowered(a, torch.bfloat16) == (a @ a).dtype
+
+
+def test_the_dtype_of_a_layer_norm():
+    """PyTorch's autocast runs it in fp32 on a GPU, as it comes on a CPU; fp64 stays."""
+    x, half = torch.ones(2, 8), torch.bfloat16
+    with torch.autocast("cpu", dtype=half):
+        for stored in (torch.float64, torch.float32, half):
+            stock = torch.nn.functional.layer_norm(x.to(stored), (8,))
+            assert _norm_dtype(x.to(stored), half) == stock.dtype
+    with FakeTensorMode():
+        y = torch.empty(2, 8, device="cuda", dtype=half)
+        assert _norm_dtype(y, half) == torch.float32 and _norm_dtype(y, None) == half
+        assert _norm_dtype(y.double(), half) == torch.float64
+
+
+def test_a_residual_is_of_one_projection():
+    with pytest.raises(ValueError, match="residual is given with 0 projections; it is added to one"):
+        project(torch.ones(2, 8), (), None, residual=torch.ones(2, 8))

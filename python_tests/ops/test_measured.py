@@ -88,3 +88,13 @@ def test_who_listens_hears_which_kernels_were_asked_for():
         measured.tile_sizes("third", None)
     measured.tile_sizes("fourth", None)
     assert (outer, inner) == ({"first", "second", "third"}, {"second"})
+
+
+@pytest.mark.parametrize(
+    ("available", "hip", "name"), [(True, None, "sm_90"), (True, "6.0", "unknown"), (False, None, "unknown")]
+)
+def test_architectures_are_of_nvidias_gpus(monkeypatch, available, hip, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", hip)
+    assert measured.architecture.__wrapped__(torch.device("cuda")) == name

@@ -354,3 +354,21 @@ def test_small_gradients_of_images_decoded_again_survive_fp16(vae):
     images = rftcore.decode(model.float(), latents, clamp="none", images_per_call=2)
     (right,) = torch.autograd.grad((images * weights).sum(), latents)
     assert (ours - right).norm() < 0.05 * right.norm()
+
+
+@pytest.mark.parametrize("clamp", ["hard", "straight_through", "none"])
+def test_images_beyond_both_bounds(clamp):
+    latents = torch.tensor([-9.0, -1.0, 0.0, 1.0, 9.0], requires_grad=True)
+    images, stats = rftcore.decode(None, latents.reshape(1, 1, 1, 5), clamp=clamp, return_stats=True)
+    bounded = clamp != "none"
+    assert images.flatten().tolist() == [0 if bounded else -4, 0, 0.5, 1, 1 if bounded else 5]
+    assert stats["saturated"].tolist() == pytest.approx([0.4]) and not stats["saturated"].requires_grad
+    images.sum().backward()
+    through = 0.0 if clamp == "hard" else 0.5
+    assert latents.grad.tolist() == [through, 0.5, 0.5, 0.5, through]
+
+
+def test_what_is_said_beside_rewards_has_no_gradient(vae):
+    latents = torch.randn(2, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+    rewards, stats = rftcore.score(vae(), latents, brightness_of_top, ["x", "y"], return_stats=True)
+    assert rewards.requires_grad and not any(value.requires_grad for value in stats.values())
