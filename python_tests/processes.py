@@ -14,6 +14,8 @@ import sys
 import traceback
 from pathlib import Path
 
+import pytest
+import shared_simulations
 import torch
 
 WORLD_SIZES = (1, 2)
@@ -40,6 +42,7 @@ def main(worker, folder, *arguments):
     # A DistributedDataParallel imports it.
     importlib.import_module("torch._dynamo")
     torch.set_num_threads(1)
+    shared_simulations.share(pytest.MonkeyPatch())
     for size in WORLD_SIZES:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

@@ -25,7 +25,10 @@ def lines(folder):
 def finished(model, tmp_path_factory):
     """A finished run and its results."""
     folder = tmp_path_factory.mktemp("run") / "output"
-    config = tiny.config(model, folder, report_to="tensorboard", checkpointing_steps=1, checkpoints_total_limit=2)
+    config = tiny.config(
+        model, folder, report_to="tensorboard", checkpointing_steps=1, checkpoints_total_limit=2,
+        eval={"lora_scales": [0.0, 0.5, 1.0]},
+    )  # fmt: skip
     return folder, Trainer(config).train()
 
 

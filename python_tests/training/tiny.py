@@ -83,6 +83,7 @@ def values(model: Path | str, output_dir: Path, /, **groups) -> dict:
             "validation_prompts": HELD_OUT_PROMPTS,
             "num_validation_images": 1,
             "held_out_reward": "tiny.contrast",
+            "lora_scales": [],
         },
     }
     for key, value in groups.items():

@@ -1,0 +1,48 @@
+"""UNets of one structure share a simulation: a test whose subject is no plan does not wait for its own.
+
+What a simulation counted it remembers; with thousands of tiny chains, counting would be most of what the tests do.
+"""
+
+import functools
+
+import torch
+
+from rftcore.blocks.serving import servings
+from rftcore.sampling import plans
+from rftcore.sampling.ambient import Ambient
+from rftcore.sampling.simulation import Simulation, _autocast, unpredictable_reasons
+
+_made = {}
+
+
+def share(monkeypatch):
+    """Until it is undone, plans are made by what was counted for other UNets of the same structure, too."""
+    monkeypatch.setattr(plans, "Simulation", _shared)
+
+
+@functools.wraps(Simulation)
+def _shared(denoiser, conditioning, height, width, *, guided):
+    make = functools.partial(Simulation, denoiser, conditioning, height, width, guided=guided)
+    if unpredictable_reasons(denoiser.module) or any(one.recompute == "auto" for one in servings(denoiser.module)):
+        return make()
+    key = (tuple(_structure(denoiser)), tuple((n, t.shape[1:], t.dtype) for n, t in conditioning.items()))
+    key += (height, width, guided, Ambient.capture(torch.device("cpu")))
+    if key not in _made:
+        _made[key] = make()
+    return _made[key]
+
+
+def _structure(denoiser):
+    """All that decides what an evaluation computes and keeps."""
+    module = denoiser.module
+    yield type(denoiser.model), repr(module), repr(denoiser.config), repr(denoiser.extra)
+    yield _autocast(module, denoiser.model)
+    for child in module.modules():
+        attributes = child.__dict__
+        yield type(child), child.training, attributes.get("gradient_checkpointing"), type(attributes.get("processor"))
+        yield "forward" in attributes, repr(getattr(child, "active_adapters", None))
+        yield getattr(child, "disable_adapters", None), repr(getattr(child, "merged_adapters", None))
+    for name, parameter in module.named_parameters():
+        yield name, type(parameter), parameter.shape, parameter.dtype, parameter.requires_grad, parameter.stride()
+    for serving in servings(module):
+        yield serving.recompute, repr(serving.backends), repr(serving.drops)
