@@ -20,10 +20,10 @@ BOUNDS = {torch.float64: 1e-11, torch.float32: 1e-5}
 STOCK = {"accelerate": False}
 # Another number of parts is another shape of every matrix product; a budget of a few steps replays the others.
 WAYS = {
-    "accumulated": ({"gradient_accumulation_steps": 8}, STOCK),
-    "replayed": ({}, STOCK | {"budget": "2MiB"}),
+    "accumulated": ({"gradient_accumulation_steps": 4}, STOCK),
+    "replayed": ({}, STOCK | {"budget": "1.5MiB"}),
     "accelerated": ({}, {}),
-    "accelerated and replayed": ({}, {"budget": "2MiB"}),
+    "accelerated and replayed": ({}, {"budget": "1MiB"}),
 }
 
 
@@ -33,14 +33,14 @@ def run(model, folder, dtype, algorithm, train, memory):
     values = tiny.values(
         model,
         folder,
-        train={"max_train_steps": 20, "batch_size": 8, "learning_rate": 1e-3, **train},
+        train={"max_train_steps": 20, "batch_size": 4, "learning_rate": 1e-3, **train},
         sampling={"num_inference_steps": 2, "eta": 1.0},
         memory=memory,
         eval={"lora_scales": [], "held_out_reward": None, "validation_prompts": tiny.HELD_OUT_PROMPTS[:1]},
     )
     if algorithm == "ddpo":
         del values["train"]["backprop_steps"]
-        values["train"]["samples_per_epoch"] = 8
+        values["train"]["samples_per_epoch"] = 4
         trainer = Trainer(build(DdpoConfig, values), pipeline=pipeline)
     else:
         trainer = Trainer(tiny.config(model, folder, **values), pipeline=pipeline)
