@@ -6,6 +6,7 @@ What a simulation counted it remembers; with thousands of tiny chains, counting 
 import functools
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from rftcore.blocks.serving import servings
 from rftcore.sampling import plans
@@ -40,8 +41,9 @@ def _structure(denoiser):
     for child in module.modules():
         attributes = child.__dict__
         yield type(child), child.training, attributes.get("gradient_checkpointing"), type(attributes.get("processor"))
-        yield "forward" in attributes, repr(getattr(child, "active_adapters", None))
-        yield getattr(child, "disable_adapters", None), repr(getattr(child, "merged_adapters", None))
+        yield "forward" in attributes
+        if isinstance(child, BaseTunerLayer):
+            yield child.disable_adapters, tuple(child.active_adapters), tuple(child.merged_adapters)
     for name, parameter in module.named_parameters():
         yield name, type(parameter), parameter.shape, parameter.dtype, parameter.requires_grad, parameter.stride()
     for serving in servings(module):
