@@ -379,16 +379,13 @@ def main() -> None:
     torch.set_num_threads(1)
     if loaded := [name for name in sys.modules if name.startswith("rftcore")]:
         raise SystemExit(f"{loaded[0]} is imported already: a fork could not change it")
-    found = {
-        package: _test_lines(package, arguments.file_seconds)
-        for package in _PACKAGES
-        if arguments.only in f"rftcore/{package}/" or f"rftcore/{package}/" in arguments.only
-    }
+    mutations, places, sources = _sample(arguments.seed, arguments.number)
+    mutations = [mutation for mutation in mutations if arguments.only in mutation.file]
+    packages = sorted({Path(mutation.file).parent.name for mutation in mutations})
+    found = {package: _test_lines(package, arguments.file_seconds) for package in packages}
     if arguments.lines_only:
         return
-    mutations, places, sources = _sample(arguments.seed, arguments.number)
     judged = json.loads(JUDGED.read_text()) if JUDGED.exists() else []
-    mutations = [mutation for mutation in mutations if arguments.only in mutation.file]
     # Wherever it is stopped, what was run is a sample of all files.
     random.Random(arguments.seed).shuffle(mutations)
     mutants = []

@@ -130,3 +130,8 @@ def test_embeddings_of_inference_mode(build):
         prompts = embeds()
     with pytest.raises(ValueError, match="inference_mode"):
         build()(prompts)
+
+
+def test_a_plan_is_a_plan(build):
+    with pytest.raises(TypeError, match=r"plan must be an rftcore.sampling.Plan, got dict; see Plan.from_dict"):
+        build(plan={"batch": 2})

@@ -208,3 +208,20 @@ def test_a_plan_in_words():
     assert "3 of 3 steps differentiated, 2 images: 1 stored at 100" in words and "1 stored at 200" in words
     assert "1 replayed 1 images at a time" in words and "within" in words
     assert "36.7% of the differentiated forwards' FLOPs run twice" in words
+
+
+@pytest.mark.parametrize("batch", [2, 5, 6, 7, 12])
+def test_pieces_of_any_batch_are_the_largest_that_fit(batch):
+    """A replay of i images takes 60 i at its peak, and a piece 5 i + 5 of what is made once besides."""
+    sizes = {-(-batch // pieces) for pieces in range(2, batch + 1)}
+    peaks = {batch: 60 * batch} | {images: 65 * images + 5 for images in sizes}
+    made = planner(batch)
+    for room in range(70, 60 * batch + 20, 5):
+        replay = made._replay(made.fixed + GRADIENTS + room, 0)
+        assert replay.again == 0 and replay.images == max(images for images, peak in peaks.items() if peak <= room)
+        assert replay.peak == peaks[replay.images]
+
+
+def test_a_batch_of_one_has_no_pieces():
+    """14 latents of 1, 3 outputs of 2 and 5 made once; 30 kept, 10 and 5 more, 20 of gradients, and nothing besides."""
+    assert planner(1).least()["a replay of one image"] == 25 + GRADIENTS + 45
