@@ -16,7 +16,7 @@ _VALUES = 100_000
 _LARGEST = 2**64
 
 
-def from_json(text: str) -> Any:
+def from_json(text: str | bytes) -> Any:
     """What a JSON text holds.
 
     Raises: ValueError (json.JSONDecodeError where it is none), also for nesting too deep and numbers beyond 64 bits.

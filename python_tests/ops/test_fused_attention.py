@@ -30,6 +30,7 @@ def test_what_is_laid_out_otherwise_is_copied():
         "rows off 16 bytes": as_a_projection_makes_them(torch.float16, head_dim=12)[..., :11],
         "contiguous heads": x.contiguous(),
         "every other element": as_a_projection_makes_them(torch.float16, head_dim=16)[..., ::2],
+        "contiguous, off 16 bytes": torch.randn(3 * 5 * 2 * 8 + 1).half()[1:].view(3, 5, 2, 8).transpose(1, 2),
         "expanded": x[:1, :1, :1, :1].expand(3, 2, 5, 8),
     }
     for name, other in others.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from rftcore.blocks import accelerate
 from rftcore.blocks.budget import bytes_of, text_of
 from rftcore.commands.plan_options import ATTENTION, DTYPES, OPTIMIZERS, PlanOptions
 from rftcore.commands.plan_reward import REWARDS, reward_bytes
+from rftcore.documents import from_json
 from rftcore.errors import UsageError, nearest
 from rftcore.sampling.conditioning import Conditioning
 from rftcore.sampling.denoiser import Denoiser
@@ -219,7 +219,7 @@ def _model(name: str) -> _Model:
 
 def _config(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
+        return from_json(path.read_text())
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

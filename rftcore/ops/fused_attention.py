@@ -88,7 +88,7 @@ def _ready(tensor: Tensor) -> Tensor:
     batch, row, head, last = rows.stride()
     wide = 16 // rows.element_size()
     fits = last == 1 and (head == rows.shape[3] or rows.shape[2] == 1) and row % wide == 0 and batch % wide == 0
-    return rows if fits and rows.data_ptr() % 16 == 0 else rows.contiguous()
+    return rows if fits and rows.data_ptr() % 16 == 0 else rows.clone(memory_format=torch.contiguous_format)
 
 
 def _empty_like(tensor: Tensor) -> Tensor:

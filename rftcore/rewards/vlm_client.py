@@ -17,6 +17,7 @@ from typing import Any
 
 from PIL import Image
 
+from rftcore.documents import from_json
 from rftcore.rewards.reward import RewardSpecError
 
 # Of an answer, which is a few sentences with what servers say of themselves.
@@ -145,7 +146,7 @@ class ChatServer:
         if len(content) > _LARGEST:
             raise self._wrong(path, f"its answer is longer than {_LARGEST} bytes", None)
         try:
-            response = json.loads(content)
+            response = from_json(content)
         except ValueError as error:
             raise self._wrong(path, "its answer is not JSON", content[:200].decode("utf-8", "replace")) from error
         if not isinstance(response, dict):

@@ -80,7 +80,7 @@ class StepTable:
             timesteps=self.timesteps[:stop],
             coefficients=coefficients,
             stochastic=stochastic,
-            input_scales=self.input_scales[:stop].clone(),
+            input_scales=self.input_scales[:stop],
         )
 
 
