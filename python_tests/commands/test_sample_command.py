@@ -1,4 +1,4 @@
-"""`rftcore sample`: the images of diffusers' own pipeline, whatever the batch, and the mistakes of a user."""
+"""`rftcore sample`: the images of diffusers' own pipeline, whatever the batch."""
 
 import dataclasses
 import itertools
@@ -10,73 +10,21 @@ import diffusers
 import numpy
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-    UNet2DModel,
-)
-from huggingface_hub import constants
+from diffusers import UNet2DModel
 from peft import LoraConfig as PeftLoraConfig
 from peft import PeftModel
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from safetensors.torch import load_file
+from samples import PROMPTS, largest_difference, pixels, sample, sdxl_pipeline, stock
 
-from rftcore import cli, digits
-from rftcore.commands import sample as sample_command
+from rftcore import cli
 from rftcore.commands.sample_options import SampleOptions
-from rftcore.digits.vocabulary import write_tokenizer
-from rftcore.errors import RunError, UsageError
+from rftcore.errors import UsageError
 from rftcore.lora import files, loading
 from rftcore.lora.layers import Layer, Lora
 from rftcore.lora.mix import mix
 from rftcore.training import weights as training_weights
-from rftcore.training.algorithm_configs import DraftConfig
-from rftcore.training.config import LoraConfig
 from rftcore.training.schedulers import SCHEDULERS
-
-PROMPTS = ["a handwritten four", "a handwritten two"]
-ENDINGS = ["to_q", "to_k", "to_v", "to_out.0", "conv1", "proj_in"]
-
-
-@pytest.fixture(scope="module")
-def loras(tmp_path_factory):
-    """Two folders as training leaves them, with adapters that do something."""
-    folders = []
-    for seed in range(2):
-        folder = tmp_path_factory.mktemp("lora")
-        unet = UNet2DConditionModel.from_pretrained(digits.path(), subfolder="unet")
-        config = DraftConfig(lora=LoraConfig(rank=3, alpha=2, target_modules=ENDINGS))
-        training_weights.attach(unet, config, seed)
-        torch.manual_seed(seed)
-        for name, parameter in training_weights.trainable(unet).items():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.05)
-        training_weights.save(unet, folder)
-        folders.append(folder)
-    return folders
-
-
-def sample(folder, **options):
-    """Pixels by file name, and the record."""
-    given = {"prompt": PROMPTS, "num_inference_steps": 4, "guidance_scale": 2.0, "output_dir": str(folder)}
-    if "prompts" in options:
-        del given["prompt"]
-    sample_command.sample(SampleOptions(**{**given, **options}))
-    record = json.loads((folder / "metadata.json").read_text())
-    return {item["file"]: pixels(folder / item["file"]) for item in record["images"]}, record
-
-
-def pixels(path):
-    return numpy.asarray(Image.open(path)).astype(int)
-
-
-def largest_difference(found, expected):
-    assert found.keys() == expected.keys()
-    return max(abs(found[name] - expected[name]).max() for name in found)
 
 
 def by_diffusers(pipe, record, steps=4, negative_prompt=None, **options):
@@ -95,12 +43,6 @@ def by_diffusers(pipe, record, steps=4, negative_prompt=None, **options):
         )
         images[item["file"]] = numpy.asarray(output.images[0]).astype(int)
     return images
-
-
-def stock(**options):
-    return StableDiffusionPipeline.from_pretrained(
-        digits.path(), safety_checker=None, requires_safety_checker=False, **options
-    )
 
 
 def test_the_images_of_diffusers_with_two_loras(tmp_path, loras):
@@ -316,186 +258,9 @@ def test_adapters_keep_their_precision_in_a_low_precision_unet(loras):
     assert pipe.unet.dtype == torch.bfloat16
 
 
-def edited(loras, target, edit):
-    """A LoRA file whose state dict `edit` changed."""
-    weights = load_file(loras[0] / training_weights.FILE)
-    edit(weights)
-    save_file(weights, target)
-    return str(target)
-
-
-def of_another_width(weights):
-    key = next(key for key in weights if "attn2.to_k.lora_A" in key)
-    weights[key] = torch.zeros(3, 2048)
-
-
-def of_another_depth(weights):
-    for key in [key for key in weights if "mid_block" in key]:
-        weights[key.replace("mid_block", "down_blocks.7")] = weights.pop(key)
-
-
-def in_pefts_layout(weights):
-    for key in list(weights):
-        weights[key.replace("unet.", "base_model.model.")] = weights.pop(key)
-
-
-def of_no_part(weights):
-    weights["vae.conv_in.lora_A.weight"] = torch.zeros(3, 4)
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (
-            of_another_width,
-            r"of another base model: \S+attn2.to_k.lora_A.weight is \(3, 2048\), .* has 64 inputs, not 2048",
-        ),
-        (of_another_depth, r"of another base model: it adapts down_blocks.7\S+, and this UNet has no such layer"),
-        (in_pefts_layout, "in PEFT's layout, whose alpha is in adapter_config.json, and there is none beside"),
-        (of_no_part, "vae.conv_in.lora_A.weight belongs to no part of a Stable Diffusion pipeline"),
-        (lambda w: w.update({"unet.x.dora_scale": torch.ones(1)}), r"is a DoRA \(unet.x.dora_scale\)"),
-        (lambda w: w.clear(), "holds no weights"),
-    ],
-)
-def test_loras_that_do_not_fit(edit, message, loras, tmp_path):
-    path = edited(loras, tmp_path / "other.safetensors", edit)
-    with pytest.raises(UsageError, match=message):
-        sample(tmp_path / "out", lora=[path])
-    assert not (tmp_path / "out").exists()
-
-
-def test_lora_arguments(loras, tmp_path):
-    file = loras[0] / training_weights.FILE
-    assert files.parse(f"{loras[0]}:-0.5") == (file, -0.5)
-    assert files.parse(str(file)) == (file, 1.0)
-    (tmp_path / "broken.safetensors").write_bytes(b"no tensors")
-    (tmp_path / "weights.bin").touch()
-    for argument, message in {
-        f"{loras[0]}:much": "'much' is no number",
-        f"{loras[0]}:nan": "must be a finite number",
-        str(tmp_path): f"holds no {training_weights.FILE}",
-        str(tmp_path / "none.safetensors"): "there is no file or folder",
-        str(tmp_path / "weights.bin"): "is no .safetensors file",
-    }.items():
-        with pytest.raises(UsageError, match=message):
-            files.parse(argument)
-    with pytest.raises(UsageError, match="no readable safetensors file"):
-        loading.load(stock(), [files.parse(str(tmp_path / "broken.safetensors"))])
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"prompt": None}, "there are no prompts"),
-        ({"prompts": "a.txt", "prompt": ["a"]}, "both given"),
-        ({"scheduler": "dpm"}, r"--scheduler dpm is unknown; did you mean 'd\w+"),
-        ({"dtype": "float8"}, "--dtype float8 is unknown"),
-        ({"merge_lora": True}, "nothing to merge"),
-        ({"images_per_prompt": 0, "batch_size": -1}, "--images_per_prompt 0 .*; --batch_size -1"),
-        ({"guidance_scale": float("inf")}, "--guidance_scale inf"),
-        ({"eta": 2.0}, "--eta 2.0 must lie in"),
-        ({"scheduler": "ddpm", "eta": 0.5}, "cannot be sampled with --scheduler ddpm: eta=0.5"),
-        ({"resolution": 33}, r"--resolution 33 must be a multiple of \d, .* the nearest is 3[24]"),
-        ({"model": "nobody/nothing-here"}, "--model 'nobody/nothing-here' does not load: .* set --model to it"),
-        ({"lora_scales": [0.5]}, "--lora_scales has nothing to scale"),
-        ({"lora": ["a"], "lora_scales": [0.5, float("nan")]}, r"--lora_scales \[0.5, nan\] must be finite"),
-        ({"lora": ["a"], "interpolate": True}, "--interpolate goes from one LoRA to another, and there are 1"),
-        ({"guidance_scale": 0.5}, "--guidance_scale 0.5 must be a number of at least 1"),
-        ({"clip_skip": 9}, "--clip_skip 9"),
-        ({"clip_skip": -1}, "--clip_skip -1 must be at least 0"),
-    ],
-)
-def test_requests_that_cannot_work(options, message, tmp_path, monkeypatch):
-    # What is not there need not be asked for again and again.
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    given = {"output_dir": str(tmp_path / "out"), "prompt": PROMPTS, **options}
-    with pytest.raises(UsageError, match=message):
-        sample_command.sample(SampleOptions(**given))
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_folder_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match=r"--output_dir \S+file/out cannot be made .*; give another"):
-        sample(tmp_path / "file" / "out", num_inference_steps=1)
-
-
 def test_a_flag_that_is_given_twice_loses_nothing():
     parsed = cli._parse(["sample", "--lora", "a", "b:0.5", "--lora", "c", "--prompt", "x", "--prompt", "y"]).sample
     assert parsed.lora == ["a", "b:0.5", "c"] and parsed.prompt == ["x", "y"] and parsed.lora_scales is None
-
-
-def test_out_of_memory(monkeypatch, tmp_path):
-    def decode(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
-
-    monkeypatch.setattr(sample_command, "decode", decode)
-    with pytest.raises(RunError, match=r"--batch_size 4; lower it.* 7 GiB"):
-        sample(tmp_path / "out")
-
-
-def test_a_pipelines_own_scheduler_that_is_not_served(monkeypatch, tmp_path):
-    def load(options):
-        pipe = stock()
-        pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config)
-        return pipe
-
-    monkeypatch.setattr(sample_command, "_load", load)
-    with pytest.raises(UsageError, match="cannot be sampled with its own scheduler: .*PNDM.*--scheduler takes ddim"):
-        sample(tmp_path / "a")
-    found, _ = sample(tmp_path / "b", scheduler="ddim")
-    assert len(found) == 2
-
-
-def sdxl_pipeline(folder):
-    """SDXL with few weights: 16-px images from latents (4, 8, 8)."""
-    torch.manual_seed(0)
-    write_tokenizer(folder / "words")
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "words")
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=16,
-        projection_dim=16,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=32,
-        attention_head_dim=2,
-        norm_num_groups=4,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=4,
-        projection_class_embeddings_input_dim=4 * 6 + 16,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-    )
-    return StableDiffusionXLPipeline(
-        vae=vae,
-        text_encoder=CLIPTextModel(config),
-        text_encoder_2=CLIPTextModelWithProjection(config),
-        tokenizer=tokenizer,
-        tokenizer_2=tokenizer,
-        unet=unet,
-        scheduler=diffusers.DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
-        add_watermarker=False,
-    )
 
 
 @pytest.mark.parametrize(("negative_prompt", "clip_skip"), [(None, None), ("a handwritten five", None), (None, 1)])
@@ -509,17 +274,6 @@ def test_sdxl(negative_prompt, clip_skip, tmp_path):
     assert largest_difference(found, by_diffusers(pipe, record, **options)) <= 1
     other, _ = sample(tmp_path / "other", model=model, negative_prompt="a handwritten nine", resolution=32)
     assert largest_difference(found, other) > 1
-
-
-def test_a_lora_given_as_the_model(loras, tmp_path):
-    with pytest.raises(UsageError, match="is a LoRA; give the model that it is for, and the LoRA as --lora"):
-        sample(tmp_path / "out", model=str(loras[0] / training_weights.FILE))
-
-
-def test_an_sdxl_lora_on_a_small_model_names_the_first_key(loras, tmp_path):
-    pipe = sdxl_pipeline(tmp_path)
-    with pytest.raises(UsageError, match=r"another base model: \S+lora_A.weight is \(3, 48"):
-        loading.load(pipe, [files.parse(str(loras[0]))])
 
 
 def rftcore(*arguments):
@@ -536,21 +290,6 @@ def test_the_command(tmp_path, loras, capsys):
     assert len(record["images"]) == 2
     assert cli.main(["sample", *arguments]) == 2
     assert "is not empty" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--promt", "a"], "did you mean '--prompt'"),
-        (["--output_dir", "o", "--prompt", "a", "--lora", "x.safetensors"], "there is no file or folder x.safetensors"),
-        (["--output_dir", "o", "--prompts", "none.txt"], "none.txt cannot be read"),
-        (["--output_dir", "o", "--prompt", "a", "--scheduler", "eulr"], "did you mean 'euler'"),
-    ],
-)
-def test_mistakes_get_one_clear_message(arguments, message, capsys):
-    assert cli.main(["sample", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err and captured.out == ""
 
 
 def test_every_option_is_in_the_help():

@@ -6,7 +6,7 @@ import gc
 import pytest
 import torch
 from checks import relative_error
-from test_graphs import inputs, mlp, plainly, train, unet
+from toy_chains import inputs, mlp, plainly, train, unet
 
 from rftcore.sampling import cuda_recorder
 from rftcore.sampling.cuda_recorder import CudaRecorder

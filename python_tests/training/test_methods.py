@@ -1,35 +1,14 @@
 """Every training loop against the same loop by hand: the gradient before each optimizer step, in fp64, to 1e-11."""
 
-import copy
-import dataclasses
-import functools
-from unittest.mock import patch
-
 import pytest
-import tiny
 import tiny_models
 import torch
-from accelerate.state import AcceleratorState
-from by_hand import ByHand, ValueByHand
-from diffusers import DDPMPipeline, StableDiffusionPipeline
+from by_hand import ValueByHand
+from pairs import Pair, likes
 
 from rftcore.rewards import declare
-from rftcore.sampling.denoiser import Denoiser
-from rftcore.training import RunError, Trainer, weights
-from rftcore.training.algorithm_configs import ALGORITHMS
 from rftcore.training.batches import shuffled_in_lanes
 from rftcore.training.engine import Scores
-from rftcore.training.methods import rollouts
-from rftcore.training.parsing import build
-
-STEPS = 4
-
-
-@declare(differentiable=True)
-def likes(images, prompts, metadata=None):
-    """Each prompt likes another brightness."""
-    wanted = torch.tensor([sum(map(ord, prompt)) % 7 / 7 for prompt in prompts], dtype=images.dtype)
-    return -5 * (images - wanted[:, None, None, None]).square().mean(dim=(1, 2, 3)) + images[:, 0].mean(dim=(1, 2))
 
 
 @declare(differentiable=True)
@@ -56,99 +35,6 @@ def pixels(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pixels")
     tiny_models.save("pixels", folder)
     return folder
-
-
-@functools.cache
-def loaded(folder, kind):
-    """The pipeline in fp64."""
-    if kind == "pixels":
-        return DDPMPipeline.from_pretrained(folder).to(torch.float64)
-    return StableDiffusionPipeline.from_pretrained(folder, safety_checker=None).to(torch.float64)
-
-
-class Pair:
-    """A run and the same by hand, with the UNet's evaluations and the reward's counted."""
-
-    def __init__(
-        self,
-        folder,
-        output_dir,
-        algorithm,
-        train,
-        kind="sd",
-        prediction_type="epsilon",
-        function=likes,
-        planned=True,
-        **groups,
-    ):
-        pipes = [copy.deepcopy(loaded(folder, kind)) for _ in range(2)]
-        for pipe in pipes:
-            pipe.scheduler.register_to_config(prediction_type=prediction_type)
-        values = tiny.values(folder, output_dir, **groups)
-        values["sampling"] = {"num_inference_steps": STEPS, "guidance_scale": tiny_models.GUIDANCE[kind], "eta": 1.0}
-        values["sampling"] |= groups.get("sampling", {})
-        values["train"] = {
-            "batch_size": 2,
-            "max_grad_norm": None,
-            "learning_rate": 1e-3,
-            "max_train_steps": 2520,
-            **train,
-        }
-        if kind == "pixels":
-            values["prompts"] = [""]
-        config = build(ALGORITHMS[algorithm], values)
-        self.evaluations = self.queries = 0
-
-        @declare(differentiable=True)
-        def counted(images, prompts, metadata=None):
-            self.queries += len(images)
-            return function(images, prompts)
-
-        self.trainer = Trainer(config, reward=counted, pipeline=pipes[0])
-        self.method = self.trainer.method
-        unet = self.trainer.engine.model
-        self.parameters = {name: p for name, p in unet.named_parameters() if p.requires_grad}
-        source = torch.Generator().manual_seed(3)
-        for parameter in self.parameters.values():
-            parameter.data = 0.3 * torch.randn(parameter.shape, generator=source, dtype=torch.float64)
-        if not planned:
-            # What a hook does cannot be planned for: every step is replayed, and no time goes into a plan.
-            unet.register_forward_pre_hook(lambda module, inputs: None)
-        self.hand = ByHand(pipes[1], self.trainer, function)
-
-    def _count(self, evaluate):
-        """Rows of the UNet's input; a hook on the UNet would change how its memory is planned."""
-
-        def counted(denoiser, x, *arguments, guided, **options):
-            # What is planned with has no data.
-            if type(x) is torch.Tensor:
-                self.evaluations += len(x) * (2 if guided else 1)
-            return evaluate(denoiser, x, *arguments, guided=guided, **options)
-
-        return counted
-
-    def epoch(self, epoch=1):
-        """Updates of an epoch, with an optimizer step after each."""
-        self.evaluations = self.queries = 0
-        counted = [0, 0]
-        with patch.object(Denoiser, "__call__", self._count(Denoiser.__call__)):
-            for update in self.method.epoch(epoch):
-                counted[0] += update.unet_evaluations
-                counted[1] += update.reward_queries
-                yield update
-                self.trainer.optimizer.step()
-                self.trainer.optimizer.zero_grad()
-                self.hand.follow()
-        assert counted == [self.evaluations, self.queries]
-
-    def gradient(self):
-        return {name: parameter.grad for name, parameter in self.parameters.items()}
-
-    def check(self, expected, tolerance=1e-11):
-        ours = torch.cat([self.gradient()[name].flatten() for name in expected])
-        theirs = torch.cat([gradient.flatten() for gradient in expected.values()])
-        assert ours.isfinite().all() and torch.linalg.norm(theirs) > 0
-        assert torch.linalg.norm(ours - theirs) <= tolerance * torch.linalg.norm(theirs)
 
 
 def alignprop_loss(r):
@@ -410,101 +296,6 @@ def test_sft_counts_samples_of_weight_zero(model, tmp_path):
     pair = Pair(model, tmp_path, "sft", train, function=is_indifferent_to_one)
     for _, expected in zip(pair.epoch(), pair.hand.regression(1), strict=True):
         pair.check(expected)
-
-
-def spoil(monkeypatch, algorithm, by):
-    """Rollouts' log-probabilities are off, as another path than training's makes them."""
-
-    def draw(*arguments, **options):
-        rollout = rollouts.draw(*arguments, **options)
-        trajectory = rollout.trajectory
-        wrong = dataclasses.replace(trajectory, log_probs=trajectory.log_probs + by)
-        return dataclasses.replace(rollout, trajectory=wrong)
-
-    monkeypatch.setattr(f"rftcore.training.methods.{algorithm}.draw", draw)
-
-
-@pytest.mark.parametrize("merged", [False, True])
-def test_ddpo_rescores_all_that_it_trains_on(model, tmp_path, monkeypatch, merged):
-    """Log-probabilities of another path than training's have no part in any inner epoch."""
-    spoil(monkeypatch, "ddpo", 1.0)
-    train = {"samples_per_epoch": 4, "inner_epochs": 2, "timestep_fraction": 0.5, "rescore": True}
-    pair = Pair(model, tmp_path, "ddpo", {**train, "merged_rollouts": merged})
-    for _, expected in zip(pair.epoch(), pair.hand.ddpo(1, {}), strict=True):
-        pair.check(expected)
-
-
-DPOK = {"samples_per_epoch": 2, "batch_size": 5, "gradient_accumulation_steps": 1, "policy_steps": 2}
-
-
-def test_dpok_rescores_below_fp32(model, tmp_path, monkeypatch):
-    spoil(monkeypatch, "dpok", 1.0)
-    pair = Pair(model, tmp_path, "dpok", DPOK)
-    # The model itself stays in fp64.
-    pair.trainer.config.mixed_precision = "bf16"
-    value = ValueByHand(pair.hand, pair.method.value)
-    for epoch in (1, 2):
-        for _, expected in zip(pair.epoch(epoch), pair.hand.dpok(epoch, value), strict=True):
-            pair.check(expected)
-
-
-@pytest.mark.parametrize(
-    ("algorithm", "train"), [("ddpo", {"samples_per_epoch": 4, "inner_epochs": 2, "rescore": False}), ("dpok", DPOK)]
-)
-def test_log_probabilities_of_another_path_end_the_run(model, tmp_path, monkeypatch, algorithm, train):
-    """Above a tenth of the clip range; below, they are reported."""
-    spoil(monkeypatch, algorithm, 0.9e-5)
-    first, *rest = list(Pair(model, tmp_path / "1", algorithm, train).epoch())
-    assert first.largest["train/max_log_ratio_before_update"] == pytest.approx(0.9e-5, rel=1e-6)
-    assert not any(update.largest for update in rest)
-    spoil(monkeypatch, algorithm, 1.1e-5)
-    with pytest.raises(RunError, match="1.1e-05, more than a tenth of train.clip_range=0.0001"):
-        next(Pair(model, tmp_path / "2", algorithm, train).epoch())
-
-
-@pytest.fixture
-def accelerate_anew():
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def log_ratio(model, output_dir, precision, accelerate, **train):
-    """The largest before the first update, of a run as a user starts it."""
-    values = tiny.values(model, output_dir, mixed_precision=precision, memory={"accelerate": accelerate})
-    values["sampling"] |= {"eta": 1.0, "num_inference_steps": 5}
-    values["train"] = {"batch_size": 4, "samples_per_epoch": 8, "max_train_steps": 2, **train}
-    trainer = Trainer(build(ALGORITHMS["ddpo"], values))
-    source = torch.Generator().manual_seed(3)
-    for parameter in weights.trainable(trainer.engine.model).values():
-        parameter.data = 0.3 * torch.randn(parameter.shape, generator=source)
-    return next(iter(trainer.method.epoch(1))).largest["train/max_log_ratio_before_update"]
-
-
-@pytest.mark.parametrize(
-    ("train", "accelerate", "largest"),
-    [
-        ({"rescore": False}, True, 0),
-        ({"rescore": False}, False, 0),
-        ({"rescore": False, "rollout_batch_size": 8}, True, 1e-5),
-        ({"rescore": False, "rollout_batch_size": 1}, False, 1e-5),
-        ({"rollout_batch_size": 1}, False, 0),
-    ],
-)
-def test_ratio_before_the_first_update(model, tmp_path, train, accelerate, largest):
-    """Exactly 1 by the same path or once rescored; by another batch, within rounding."""
-    found = log_ratio(model, tmp_path, "no", accelerate, **train)
-    assert found <= largest
-    # Rounding there is: what is rescored is not equal by chance.
-    assert bool(found) == bool(largest)
-
-
-@pytest.mark.parametrize("merged", [False, True])
-def test_ratio_before_the_first_update_in_bf16(model, tmp_path, accelerate_anew, merged):
-    assert log_ratio(model, tmp_path / "1", "bf16", True, merged_rollouts=merged) == 0
-    if merged:
-        with pytest.raises(RunError, match="more than a tenth of train.clip_range"):
-            log_ratio(model, tmp_path / "2", "bf16", True, merged_rollouts=True, rescore=False)
 
 
 def test_lanes_are_shuffled_by_themselves():
