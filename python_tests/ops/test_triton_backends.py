@@ -164,9 +164,9 @@ def test_projections_that_are_not_served_say_why():
 
 def test_limits_are_the_kernels():
     """The ops state them without importing Triton."""
-    linear, few, many = (jit.kernels(name) for name in ("lora_linear", "cross_attention", "attention"))
+    shared, few, many = (jit.kernels(name) for name in ("projections", "cross_attention", "attention"))
     limits = fused_linears._MAX_PROJECTIONS, fused_linears._MAX_RANK
-    assert limits == (linear.MAX_PROJECTIONS, linear.MAX_RANK)
+    assert limits == (shared.MAX_PROJECTIONS, shared.MAX_RANK)
     assert (fused_attention._FEW_KEYS, fused_attention._MAX_HEAD_DIM) == (few.MAX_KEYS, many.MAX_HEAD_DIM)
 
 
