@@ -58,7 +58,7 @@ def _parts() -> tuple[Part, ...]:
     bf16 = {"dtype": "bf16", "methods": f"{_STOCK},fp32_lora*,autocast*,rftcore*"}
     compiled = {"methods": f"{_STOCK},compile*,rftcore*"}
     once: dict[str, Any] = {"repeats": 1, "gradient_error": "no"}
-    shares = "compile,compile@0.5,compile@0.3,compile+steps"
+    shares = "compile,compile@0.5,compile+steps"
     # The bytes of each stock point, and the least; in those of plain stock it keeps all, as `rftcore` does.
     at_points = "rftcore,rftcore@stock+blocks,rftcore@stock+steps,rftcore@stock+steps+blocks,rftcore@least"
     counted: dict[str, Any] = {
@@ -69,7 +69,7 @@ def _parts() -> tuple[Part, ...]:
     few = {**counted, "steps": 5, "methods": f"{_STOCK},{at_points}"}
     return (
         Part("37m/draft/all", 22, once | {"methods": f"{_STOCK},{shares},{at_points}"}),
-        Part("37m/draft/5", 7, once | {"methods": f"{_STOCK},{at_points}"}),
+        Part("37m/draft/5", 6, once | {"methods": f"{_STOCK},rftcore,rftcore@stock+blocks,rftcore@least"}),
         Part("37m/draft/1", 4.5, once | {"methods": f"{_STOCK},rftcore,rftcore@stock+blocks,rftcore@least"}),
         Part("37m/train_step", 2, {"repeats": 2, "gradient_error": "no"}),
         Part("37m/sampling", 2, once | {"methods": "stock,rftcore*"}),

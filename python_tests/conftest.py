@@ -1,5 +1,7 @@
 """Fails the session when what was built is not what is tested, seeds every test, and leaves slow tests to test-all."""
 
+import collections
+import gc
 import os
 import random
 import shutil
@@ -7,6 +9,7 @@ import shutil
 import numpy
 import pytest
 import torch
+from covering import covering
 
 from rftcore import build
 
@@ -43,11 +46,46 @@ LONGEST = ("kernels/test_ahead_of_time.py", "blocks/test_triton.py", "ops/test_t
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: not item.nodeid.partition("::")[0].endswith(LONGEST))
+    _leave_to_test_all(items)
     if os.environ.get("RFTCORE_TEST_ALL") != "1":
         skip = pytest.mark.skip(reason="slow: `make test-all` runs it")
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(skip)
+
+
+def _leave_to_test_all(items):
+    """All but few of the parameters of each test that is marked `covering`."""
+    products = collections.defaultdict(list)
+    for item in items:
+        if "slow" not in item.keywords and item.get_closest_marker("covering"):
+            products[item.nodeid.partition("[")[0]].append(item)
+    for product in products.values():
+        (strength,) = product[0].get_closest_marker("covering").args
+        few = covering([item.callspec.indices for item in product], strength)
+        for place, item in enumerate(product):
+            if place not in few:
+                item.add_marker("slow")
+
+
+def pytest_collection_finish():
+    """What all tests import stays: the garbage collector need not walk through it again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+# Their subject is how a plan is made.
+OF_PLANS = {"test_plan", "test_plan_peaks", "test_random_paths"}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _shared_simulations(request):
+    import shared_simulations  # not before it is settled how Triton runs
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if request.module.__name__ not in OF_PLANS:
+            shared_simulations.share(monkeypatch)
+        yield
 
 
 @pytest.fixture(autouse=True)

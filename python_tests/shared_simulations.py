@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from rftcore.blocks.serving import servings
+from rftcore.commands import plan as plan_command
 from rftcore.sampling import plans
 from rftcore.sampling.ambient import Ambient
 from rftcore.sampling.simulation import Simulation, _autocast, unpredictable_reasons
@@ -18,11 +19,12 @@ _made = {}
 
 def share(monkeypatch):
     """Until it is undone, plans are made by what was counted for other UNets of the same structure, too."""
-    monkeypatch.setattr(plans, "Simulation", _shared)
+    for module in (plans, plan_command):
+        monkeypatch.setattr(module, "Simulation", simulation)
 
 
 @functools.wraps(Simulation)
-def _shared(denoiser, conditioning, height, width, *, guided):
+def simulation(denoiser, conditioning, height, width, *, guided):
     make = functools.partial(Simulation, denoiser, conditioning, height, width, guided=guided)
     if unpredictable_reasons(denoiser.module) or any(one.recompute == "auto" for one in servings(denoiser.module)):
         return make()

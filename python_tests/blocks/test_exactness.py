@@ -16,6 +16,7 @@ from rftcore.blocks import program
 LEVELS = ["none", "ff", "qkv", "block"]
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("size", [(8, 8), (10, 6)])
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("level", LEVELS)
@@ -26,6 +27,7 @@ def test_unets_with_adapters(kind, level, backend, size):
     assert_served(ours)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("kind", UNETS)
 def test_unets_trained_in_full(kind, level):
@@ -69,6 +71,7 @@ def encoded(model, full):
     return {"moments": moments.detach(), "x": x.grad, **{n: p.grad for n, p in model.named_parameters()}}
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("run", [decoded, encoded])
 @pytest.mark.parametrize("level", LEVELS)
@@ -87,6 +90,7 @@ def test_autoencoder_without_attention():
     assert_equal(decoded(model, False), stock)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("share", [1.0, 0.8, 0.5, 0.4])
 @pytest.mark.parametrize("kind", UNETS)
 def test_auto(kind, share):
@@ -129,14 +133,17 @@ def test_levels_make_no_difference_of_a_bit():
         assert_equal(results(ours), first, bound=0)
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("adapters", ["alike", torch.float32])
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+# Not fp16 under autocast to bf16: stock mixes dtypes there, and fails.
+@pytest.mark.parametrize(
+    ("dtype", "autocast"),
+    [(torch.float32, False), (torch.float32, True), (torch.bfloat16, False), (torch.bfloat16, True),
+     (torch.float16, False)],
+)  # fmt: skip
 @pytest.mark.parametrize("kind", UNETS)
 def test_low_precision(kind, dtype, autocast, adapters):
     """At most twice stock's own error in the same precision, both against fp64."""
-    if autocast and dtype == torch.float16:
-        pytest.skip("autocast to bf16 of an fp16 model: stock mixes dtypes and fails")
     unet = make(kind).to(dtype)
     for parameter in unet.parameters():
         if parameter.requires_grad and adapters != "alike":

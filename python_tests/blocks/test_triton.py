@@ -42,7 +42,10 @@ def results(model, dtype, kind="sd1", size=(4, 4)):
 
 
 # 144 tokens are more than those that stay on chip.
-@pytest.mark.parametrize(("kind", "size", "levels"), [("sd1", (12, 12), ["none"]), ("sdxl", (4, 4), LEVELS)])
+@pytest.mark.parametrize(("kind", "size", "levels"), [
+    ("sd1", (12, 12), ["none"]), ("sdxl", (4, 4), ["none", "block"]),
+    pytest.param("sdxl", (4, 4), LEVELS, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_levels_are_as_good_as_stock_and_equal_each_other(kind, size, levels, launched):
     unet = randomise_adapters(make(kind))
     exact, exact_gradients = results(unet, torch.float64, kind, size)
@@ -76,6 +79,7 @@ def test_the_bits_are_those_of_a_forward_without_a_graph(targets):
     assert scored.requires_grad and torch.equal(sampled, scored)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("trained", ["bias", "ff.net.0.proj.bias", "norm3.weight", "ff.net.0.proj.weight", ""])
 @pytest.mark.parametrize("level", ["none", "ff"])
 def test_what_is_trained_is_left_to_others(trained, level, monkeypatch):

@@ -24,6 +24,7 @@ def exact_statistics(x):
     return x.mean(1), (x.var(1, correction=0) + EPS).rsqrt()
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("shape", [(1, 1), (5, 33), (37, 96), (3, 320)])

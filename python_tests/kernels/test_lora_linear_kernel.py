@@ -254,6 +254,7 @@ def _round_kernel(x, y):
     tl.store(y + i, common.rounded_to_tf32(tl.load(x + i)))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     ("config", "dtype", "adapter_dtype"), [*(("default", *dtypes) for dtypes in DTYPES), ("tiny", *MIXED)]
 )

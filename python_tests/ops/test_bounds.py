@@ -68,6 +68,7 @@ GROUP_NORMS = st.tuples(
 ).filter(lambda case: 8 < math.prod(case[:3]) * math.prod(case[3]) < 200_000)
 
 
+@pytest.mark.covering(1)
 @COMPILED
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -84,6 +84,7 @@ def assert_served(backend, *inputs):
     assert backend == "reference" or OPS["sampler_step"].choose("auto", *inputs) == backend
 
 
+@pytest.mark.covering(2)
 @pytest.mark.parametrize("divergence", [None, "exact", "uniform"])
 @pytest.mark.parametrize("mode", ["noise", "mean", "score"])
 def test_results_and_gradients_are_exact_in_fp64(backend, divergence, mode):
@@ -126,6 +127,7 @@ def test_gradcheck(backend, divergence):
     assert torch.autograd.gradcheck(score, (x, m))
 
 
+@pytest.mark.covering(2)
 @COMPILED
 @pytest.mark.parametrize(("dtype", "output_dtype"), list(product(DTYPES, DTYPES)))
 def test_low_precision_is_as_good_as_pytorch(backend, dtype, output_dtype):

@@ -1,19 +1,9 @@
 """Fixtures of the tests of the sampler."""
 
 import pytest
-import shared_simulations
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from models import UNETS, add_lora
-
-# Their subject is how a plan is made.
-OF_PLANS = {"test_plan", "test_plan_peaks", "test_plans_are_exact", "test_random_paths"}
-
-
-@pytest.fixture(autouse=True)
-def _shared_simulations(request, monkeypatch):
-    if request.module.__name__ not in OF_PLANS:
-        shared_simulations.share(monkeypatch)
 
 
 @pytest.fixture

@@ -3,11 +3,11 @@
 import torch
 from diffusers import DDIMScheduler
 from models import UNETS, add_lora
+from shared_simulations import simulation
 
 import rftcore
 from rftcore.sampling.denoiser import Denoiser
 from rftcore.sampling.plan import Planner
-from rftcore.sampling.simulation import Simulation
 
 MODES = ("none", "full", "full", "full")
 
@@ -25,8 +25,8 @@ def conditioning_of(kind, rows):
 
 
 def planner_of(unet, kind="sd1", batch=2, modes=MODES):
-    simulation = Simulation(Denoiser(unet), conditioning_of(kind, 1), 8, 8, guided=kind != "unconditional")
-    return Planner(simulation, batch, modes)
+    twin = simulation(Denoiser(unet), conditioning_of(kind, 1), 8, 8, guided=kind != "unconditional")
+    return Planner(twin, batch, modes)
 
 
 def arguments_of(kind, batch):

@@ -21,6 +21,7 @@ def gradients_of(sampler, unet, given):
     return [trajectory.latents.detach(), *torch.autograd.grad(trajectory.latents.square().sum(), parameters)]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("options", LEVELS, ids=lambda o: o["recompute"])
 @pytest.mark.parametrize("kind", UNETS)
 def test_a_chain(kind, options, make_unet, make_scheduler, conditioning):

@@ -48,6 +48,7 @@ def step(unet, sampler, given, seed):
     )]  # fmt: skip
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("kind", ["sd1", "sdxl", "unconditional"])
 def test_captured_chains_are_plain_ones_bit_for_bit(kind, plan, samplers, conditioning):

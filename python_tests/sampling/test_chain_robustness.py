@@ -200,6 +200,7 @@ def rollout(unet, given, batch, **options):
         return sampler, sampler(**given, batch_size=batch, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["sd1", "sdxl", "unconditional"])
 def test_a_step_that_is_scored_again_is_the_sampled_one_bit_for_bit(kind, dtype, make_unet, conditioning):

@@ -45,6 +45,7 @@ def compare(unet, scheduler, given, *, guidance_scale, backprop_steps, eta=None,
 
 
 # An unconditional UNet has no guidance: refused, in test_errors.py.
+@pytest.mark.covering(2)
 @pytest.mark.parametrize(
     ("kind", "guidance_scale"),
     [*itertools.product(["sd1", "sd2", "sdxl"], [1.0, 5.0]), ("unconditional", 1.0)],

@@ -40,7 +40,11 @@ def test_the_predicted_peak_is_the_counted_one(kind, accelerated, shares):
 
 @pytest.mark.parametrize(
     ("name", "batch", "budgets"),
-    [("sd15", 2, (1.0, 4.0)), pytest.param("sdxl", 1, (2.5, 7.0, 25.0), marks=pytest.mark.slow)],
+    [
+        ("sd15", 2, (4.0,)),
+        pytest.param("sd15", 2, (1.0,), marks=pytest.mark.slow),
+        pytest.param("sdxl", 1, (2.5, 7.0, 25.0), marks=pytest.mark.slow),
+    ],
 )
 def test_the_predicted_peak_is_the_counted_one_of_published_models(name, batch, budgets):
     """The sampler's own chain, on tensors without data; budgets in GiB."""

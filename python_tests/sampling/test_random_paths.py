@@ -54,7 +54,7 @@ def test_a_shape_is_simulated_once_for_all_paths(make_sampler, given, monkeypatc
     assert len(made) == 2
 
 
-@pytest.mark.parametrize("share", [0.4, 0.7])
+@pytest.mark.parametrize("share", [0.4, pytest.param(0.7, marks=pytest.mark.slow)])
 def test_plans_do_not_depend_on_the_paths_before(share, make_sampler, given):
     """A run that is resumed has seen other paths than the one that was never interrupted."""
     alone = make_sampler(reserve=0)

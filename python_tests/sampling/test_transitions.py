@@ -36,6 +36,7 @@ def assert_equal(one, other):
     assert all(torch.equal(a, b) for a, b in zip(tensors(one), tensors(other), strict=True))
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("accelerated", [False, True], ids=["stock", "accelerated"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["sd1", "sdxl", "unconditional"])

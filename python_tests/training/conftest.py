@@ -1,7 +1,6 @@
 """The tiny pipeline on disk, once for all tests of the trainer."""
 
 import pytest
-import shared_simulations
 import tiny_models
 import torch
 from tiny import build_pipeline
@@ -31,9 +30,3 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(autouse=True)
-def _shared_simulations(monkeypatch):
-    """The subject of no test here is how a plan is made."""
-    shared_simulations.share(monkeypatch)

@@ -65,7 +65,10 @@ def reference(model, tmp_path_factory):
     ("dtype", "way"),
     [
         *((torch.float64, way) for way in ("accumulated", "replayed", "accelerated")),
-        *((torch.float32, way) for way in ("accumulated", "accelerated and replayed")),
+        *(
+            pytest.param(torch.float32, way, marks=pytest.mark.slow)
+            for way in ("accumulated", "accelerated and replayed")
+        ),
     ],
     ids=str,
 )

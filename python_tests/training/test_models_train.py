@@ -57,11 +57,16 @@ def _lora(base, folder):
 
 # Each class of pipeline with both; of what differs in its files or settings alone, one.
 RUNS = [
-    *((name, algorithm) for name in ("sd2, one file", "sdxl, another VAE", "lcm") for algorithm in ("draft", "ddpo")),
+    ("sd2, one file", "draft"),
+    ("sdxl, another VAE", "ddpo"),
+    ("lcm", "draft"),
     ("unconditional", "ddpo"),
     ("lcm lora", "draft"),
     ("sd, fp16 variant", "ddpo"),
     ("sdxl turbo", "ddpo"),
+    pytest.param("sd2, one file", "ddpo", marks=pytest.mark.slow),
+    pytest.param("sdxl, another VAE", "draft", marks=pytest.mark.slow),
+    pytest.param("lcm", "ddpo", marks=pytest.mark.slow),
 ]
 
 

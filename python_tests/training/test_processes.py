@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-import train_fp64
+import train_alike
 import yaml
 from processes import launch
 from safetensors.torch import load_file
@@ -34,19 +34,19 @@ ENVIRONMENT = {
 }
 
 
-@pytest.fixture(scope="module")
-def trained(model, tmp_path_factory):
-    """Folder of the runs of one process, "1", and of two, "2"."""
+@pytest.fixture(scope="module", params=["fp64", pytest.param("fp32", marks=pytest.mark.slow)])
+def trained(request, model, tmp_path_factory):
+    """Folder of the runs of one process, "1", and of two, "2", and how near they should be."""
     folder = tmp_path_factory.mktemp("processes")
-    launch(HERE / "train_fp64.py", folder, str(model))
-    return folder
+    launch(HERE / "train_alike.py", folder, str(model), request.param)
+    return folder, {"fp64": 1e-11, "fp32": 1e-5}[request.param]
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("fp64", 1e-11), ("fp32", 1e-5)])
-@pytest.mark.parametrize("algorithm", train_fp64.TRAIN)
-def test_two_processes_train_what_one_trains(trained, algorithm, dtype, bound):
-    folders = [trained / name / f"{algorithm}-{dtype}" for name in ("1", "2")]
-    weights = f"checkpoint-{train_fp64.STEPS}/trainable.safetensors"
+@pytest.mark.parametrize("algorithm", train_alike.TRAIN)
+def test_two_processes_train_what_one_trains(trained, algorithm):
+    folder, bound = trained
+    folders = [folder / name / algorithm for name in ("1", "2")]
+    weights = f"checkpoint-{train_alike.STEPS}/trainable.safetensors"
     one, two = (load_file(folder / weights) for folder in folders)
     difference = sum(torch.sum((one[name].double() - two[name].double()) ** 2) for name in one).sqrt()
     assert difference <= bound * sum(torch.sum(weight.double() ** 2) for weight in one.values()).sqrt()
@@ -65,6 +65,7 @@ def test_two_processes_train_what_one_trains(trained, algorithm, dtype, bound):
                 assert one[key] == pytest.approx(two[key], rel=1e4 * bound, abs=1e4 * bound), key
 
 
+@pytest.mark.slow
 def test_command_line_under_accelerate_launch(model, tmp_path):
     (tmp_path / "run.yaml").write_text(
         yaml.safe_dump(tiny.values(model, tmp_path / "run", train={"max_train_steps": 1}))

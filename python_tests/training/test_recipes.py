@@ -157,8 +157,16 @@ SMALL = {
 }
 
 
-# Those with other rewards than the digits' judge are trained by test_jpeg.
-@pytest.mark.parametrize("name", [name for name in DIGITS if "_jpeg_" not in name])
+def _one_an_algorithm():
+    """Those with other rewards than the digits' judge are trained by test_jpeg."""
+    seen = set()
+    for name in (name for name in DIGITS if "_jpeg_" not in name):
+        algorithm = recipes.algorithm(name)
+        yield pytest.param(name, marks=pytest.mark.slow) if algorithm in seen else name
+        seen.add(algorithm)
+
+
+@pytest.mark.parametrize("name", _one_an_algorithm())
 def test_digits_recipe_trains(name, tmp_path, capsys):
     """One epoch of few samples."""
     train = load(name).train

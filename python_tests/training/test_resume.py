@@ -40,7 +40,7 @@ def whole(model, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_signal_in_mid_step(model, tmp_path, whole, number):
     calls = []
 
@@ -83,6 +83,7 @@ def test_crash_between_checkpoints(model, tmp_path, whole):
     assert_same_run(folder, whole, step=5)
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_the_command_line(model, tmp_path):
     """Exits 130 with one message and no traceback; what follows equals the run that was never interrupted."""
     folder = tmp_path / "run"

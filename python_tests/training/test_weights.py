@@ -70,6 +70,7 @@ def gradients(unet):
     return torch.cat([parameter.grad.flatten() for parameter in weights.trainable(unet).values()])
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", tiny_models.BUILDERS)
 @pytest.mark.parametrize("trained", ["lora", "full"])
 def test_every_module_learns_and_accelerated_gradients_are_stocks(folders, kind, trained):

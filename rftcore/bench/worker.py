@@ -79,10 +79,11 @@ class Tasks:
         problem = problem_for(method, self._options, self._device)
         steps, count = self._options.steps, self._options.differentiated
         warmup, work = self._options.warmup, self._options.work
-        # A step of each kind there is: without a gradient, and with one.
-        some = 1 + (work == "draft" and count < steps)
+        # A step of each kind there is: without a gradient, the first with one, whose latents have none, and one after it.
+        last = min(count, 2) if work == "draft" else 1
+        some = last + (work == "draft" and count < steps)
         if warmup == "short" and work != "train_step" and steps > some:
-            side = make_side(method, problem, some, 1, _shortened(settled, some))
+            side = make_side(method, problem, some, last, _shortened(settled, some, last))
             side.run(work, update=False)
             warmup = "none"
         self._made = make_side(method, problem, steps, count, settled)
@@ -176,12 +177,12 @@ def _status(error: Exception) -> str:
     return f"{type(error).__name__}: {text}"[:300]
 
 
-def _shortened(settled: Settled | None, steps: int) -> Settled | None:
-    """Of a plan, its last step, as it keeps it, behind steps without a gradient."""
+def _shortened(settled: Settled | None, steps: int, last: int) -> Settled | None:
+    """Of a plan, its last steps, as it keeps them, behind steps without a gradient."""
     if settled is None or settled.plan is None:
         return settled
-    stored = (None,) * (steps - 1) + settled.plan.stored[-1:]
-    plan: Plan = replace(settled.plan, stored=stored, differentiated=1, peak_bytes=0)
+    stored = (None,) * (steps - last) + settled.plan.stored[-last:]
+    plan: Plan = replace(settled.plan, stored=stored, differentiated=last, peak_bytes=0)
     return replace(settled, plan=plan)
 
 

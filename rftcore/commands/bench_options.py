@@ -46,7 +46,7 @@ class BenchOptions:
     rank: int = option(4, "of the LoRA")
     guidance_scale: float = option(7.5, "classifier-free guidance; 1.0 runs no negative branch")
     repeats: int = option(3, "measured rounds; methods take turns")
-    warmup: str = option("short", "what comes before them: short (a chain of two steps), full or none")
+    warmup: str = option("short", "what comes before them: short (a chain with a step of each kind), full or none")
     threads: int | None = option(None, "of PyTorch; none: its own choice")
     device: str = option("auto", "auto (CUDA where there is one), cpu or cuda")
     gradient_error: str = option("auto", "against stock in fp64: auto (where that is small work), yes or no")

@@ -1,4 +1,4 @@
-"""Trains the tiny pipeline by several algorithms in turn, in fp64 and fp32; several processes compare their gradients."""
+"""Trains the tiny pipeline by several algorithms in turn, in one dtype; several processes compare their gradients."""
 
 from pathlib import Path
 
@@ -44,14 +44,12 @@ def compare_gradients(trainer: Trainer, compared: list[int]) -> None:
     trainer.optimizer.optimizer.register_step_pre_hook(compare)
 
 
-def main(folder: Path, rank: int, model: str) -> None:
+def main(folder: Path, rank: int, model: str, dtype: str) -> None:
     for algorithm in TRAIN:
-        for name, dtype in DTYPES.items():
-            pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None).to(dtype)
-            run = config(algorithm, model, str(folder / f"{algorithm}-{name}"))
-            trainer, compared = Trainer(run, pipeline=pipeline), []
-            compare_gradients(trainer, compared)
-            # It would leave the group of processes, which the next run needs.
-            trainer.accelerator.end_training = trainer.accelerator.wait_for_everyone
-            trainer.train()
-            assert len(compared) == STEPS, compared
+        pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None).to(DTYPES[dtype])
+        trainer, compared = Trainer(config(algorithm, model, str(folder / algorithm)), pipeline=pipeline), []
+        compare_gradients(trainer, compared)
+        # It would leave the group of processes, which the next run needs.
+        trainer.accelerator.end_training = trainer.accelerator.wait_for_everyone
+        trainer.train()
+        assert len(compared) == STEPS, compared
