@@ -64,18 +64,26 @@ def _section(content: str) -> str:
             f"{', '.join(sorted(file.stem for file in RESULTS.glob('*.json')))}"
         )
     results = json.loads(path.read_text())
-    rows = _where(results["rows"], shlex.split(match["where"] or ""), content)
+    rows = chosen = _where(results["rows"], shlex.split(match["where"] or ""), content)
     if match["columns"]:
         columns = match["columns"].split(", ")
         _check_columns(columns, results["rows"], content)
         rows = [{column: row.get(column, "") for column in columns} for row in rows]
-    environment = results["environment"]
+    environment = _environment(results, chosen)
     versions, threads = environment["versions"], environment["threads"]
     return (
         f"{table(rows)}\n\n"
         f"`{environment['command']}`, {environment['device']}, {threads} thread{'s' * (threads > 1)}, "
         f"torch {versions['torch']}, diffusers {versions['diffusers']}, {environment['date']}."
     )
+
+
+def _environment(results: Mapping[str, Any], chosen: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Of the part that the rows are of, where parts were run one by one."""
+    parts = {row.get("part") for row in chosen}
+    if len(parts) == 1 and (part := results.get("parts", {}).get(*parts)):
+        return part["environment"]
+    return results["environment"]
 
 
 def _where(rows: Sequence[Mapping[str, Any]], conditions: Sequence[str], content: str) -> Sequence[Mapping[str, Any]]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import RESULTS, command
+from benchmarks.harness import RESULTS
 from rftcore.bench.pareto import describe
 from rftcore.bench.record import write
 from rftcore.bench.run import Result, bench
@@ -157,7 +157,8 @@ def main() -> None:
             )
             continue
         print(f"{part.name}: about {part.minutes:g} minutes", flush=True)
-        result = bench(part.made(options.threads), command=command(), tell=lambda line: print(f"  {line}", flush=True))
+        command = f"python -m benchmarks.side_by_side --only {part.name} --threads {options.threads}"
+        result = bench(part.made(options.threads), command=command, tell=lambda line: print(f"  {line}", flush=True))
         write(PATH, merged(read(), part.name, result))
         print(text(result), flush=True)
 

@@ -29,6 +29,7 @@ def draw(rows: Sequence[Row], model: str, path: Path) -> Path:
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     figure, axes = plt.subplots(1, len(PANELS), figsize=(16, 5.5), squeeze=False)
     for panel, (count, title) in zip(axes[0], PANELS.items(), strict=True):
@@ -41,7 +42,10 @@ def draw(rows: Sequence[Row], model: str, path: Path) -> Path:
             panel.plot(*zip(*curve, strict=True), color="tab:blue", marker="o", label="rftcore, over budgets", zorder=3)
         panel.set_title(f"{MODELS.get(model, model)}: {title}", fontsize="medium")
         panel.set_xscale("log")
-        panel.set_ylim(bottom=0)
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(ScalarFormatter())
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.set_ylim(0, 1.08 * max((row["median_s"] for row in seen), default=1))
         panel.set_xlabel("peak MiB beyond the weights")
         panel.set_ylabel("seconds of a training step")
         panel.grid(alpha=0.3, which="both")
