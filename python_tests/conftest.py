@@ -62,7 +62,8 @@ def _leave_to_test_all(items):
             products[item.nodeid.partition("[")[0]].append(item)
     for product in products.values():
         (strength,) = product[0].get_closest_marker("covering").args
-        few = covering([item.callspec.indices for item in product], strength)
+        values = [{name: repr(value) for name, value in item.callspec.params.items()} for item in product]
+        few = covering(values, strength)
         for place, item in enumerate(product):
             if place not in few:
                 item.add_marker("slow")

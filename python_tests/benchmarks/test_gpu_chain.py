@@ -73,6 +73,7 @@ def bench(seconds=1e9):
     return Bench(TINY, CPU, 1, seconds)
 
 
+@pytest.mark.slow
 def test_every_case_is_run(emulated, run):
     rows = run()
     assert [row for row in rows if "error" in row] == []

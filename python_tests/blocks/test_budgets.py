@@ -75,7 +75,9 @@ def test_sd15_keeps(sd15, level):
     assert of_unet("sd15", *sd15)[0] <= SD15[level]
 
 
-@pytest.mark.parametrize("level", SDXL)
+@pytest.mark.parametrize(
+    "level", ["none", "block", *(pytest.param(each, marks=pytest.mark.slow) for each in ("ff", "qkv"))]
+)
 def test_sdxl_keeps(sdxl, level):
     rftcore.accelerate(sdxl[0], level)
     assert of_unet("sdxl", *sdxl)[0] <= SDXL[level]
@@ -106,7 +108,14 @@ def none_backward_flops(sd15):
     return backward_of(model, mode, of_unet("sd15", model, mode)[2]).flops
 
 
-@pytest.mark.parametrize("budget, extra", [(270, 0.08), (165, 0.16), (96, 0.26), (61, 0.41), (55, 0.445)])
+@pytest.mark.parametrize(
+    "budget, extra",
+    [
+        (165, 0.16),
+        (55, 0.445),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in ((270, 0.08), (96, 0.26), (61, 0.41))),
+    ],
+)
 def test_auto_keeps_to_its_budget_for_few_flops(sd15, none_backward_flops, budget, extra):
     model, mode = sd15
     rftcore.accelerate(model, "auto", memory_budget=budget * MIB)

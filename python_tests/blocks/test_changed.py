@@ -96,6 +96,7 @@ for kind in (FeedForward, Attention, Upsample2D):
 """
 
 
+@pytest.mark.slow
 def test_a_class_that_was_patched_before_any_call():
     """In processes of their own: here these classes have long been seen."""
     done = subprocess.run([sys.executable, "-c", _PATCHED_FIRST.format(path=sys.path)], capture_output=True, text=True)

@@ -138,6 +138,7 @@ def test_out_of_memory_says_where_and_what_to_lower():
         check.check(config(), reward=out_of_memory)
 
 
+@pytest.mark.slow
 def test_the_command_beside_a_running_one(tmp_path):
     """The output folder of the config may hold a run: it is left as it is, and nothing else is written."""
     folder = tmp_path / "run"

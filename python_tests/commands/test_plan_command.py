@@ -57,6 +57,7 @@ def test_the_samplers_budget_gives_the_same_plan(pipeline):
     assert f'memory_budget="{made.plan.budget // 2**20}MiB"' in describe(PlanOptions(model="x", batch=4), made)
 
 
+@pytest.mark.slow
 def test_the_largest_batch_and_k_fit_and_one_more_does_not(pipeline):
     made = predicted(pipeline, device_memory="3MiB")
     assert predicted(pipeline, device_memory="3MiB", batch=made.largest_batch).peak_bytes <= 3 * 2**20

@@ -346,7 +346,7 @@ def rollout(unet, merge):
     return trajectory.log_probs, same_path, unmerged
 
 
-@pytest.mark.parametrize("merge", [False, True])
+@pytest.mark.parametrize("merge", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_the_ratio_of_a_rollout(merge):
     """A rollout's ratio is 1 bit for bit by the path that made it; in bf16 a merged one's is not by the unmerged path.
 

@@ -65,6 +65,7 @@ def trained_prompts(given):
     return given
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl", "unconditional"])
 @pytest.mark.parametrize("accelerated", [False, True], ids=["stock", "accelerated"])
 def test_every_plan_is_plain_autograd(kind, accelerated, make_unet, make_scheduler, conditioning):

@@ -58,7 +58,7 @@ def kill_and_resume(model, folder, plan):
 
 
 def test_killed_and_resumed(model, tmp_path):
-    kill_and_resume(model, tmp_path, {"draft": ["any"], "dpok": ["saving"]})
+    kill_and_resume(model, tmp_path, {"dpok": ["saving"]})
 
 
 @pytest.mark.slow
