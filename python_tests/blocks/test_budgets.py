@@ -125,7 +125,8 @@ def test_auto_keeps_to_its_budget_for_few_flops(sd15, none_backward_flops, budge
     assert backward.flops - none_backward_flops <= extra * forward.flops
 
 
-@pytest.mark.parametrize("share", [0.7, pytest.param(0.12, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.7, 0.12])
 def test_auto_uses_its_budget(sdxl, autoencoder, share):
     for (model, mode), run in ((sdxl, lambda m, f: of_unet("sdxl", m, f)), (autoencoder, of_decoder)):
         rftcore.accelerate(model)
@@ -136,6 +137,7 @@ def test_auto_uses_its_budget(sdxl, autoencoder, share):
         assert 0.9 * budget <= mib <= budget
 
 
+@pytest.mark.slow
 def test_fp32_lora_keeps_as_little(sd15):
     model, mode = shapes.unet("sd15", torch.float32)
     for level in SD15:

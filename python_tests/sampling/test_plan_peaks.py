@@ -46,7 +46,7 @@ def test_the_predicted_peak_is_the_counted_one(kind, accelerated, shares):
 @pytest.mark.parametrize(
     ("name", "batch", "budgets"),
     [
-        ("sd15", 2, (1.0,)),
+        pytest.param("sd15", 2, (1.0,), marks=pytest.mark.slow),
         pytest.param("sd15", 2, (4.0,), marks=pytest.mark.slow),
         pytest.param("sdxl", 1, (2.5, 7.0, 25.0), marks=pytest.mark.slow),
     ],

@@ -93,13 +93,14 @@ def _child(rank, port, log, command, how):
 
 
 def main(folder, *configs):
-    """Runs the first config to its end, and the others once for each failure; one of them is resumed."""
+    """Runs the first config to its end, and the others with the failure that each is named for; two are resumed."""
     whole, *failing = configs
     found = {"whole": two_processes(f"{folder}/whole", whole)}
-    for how, config in zip(("raise", "kill", "nan", "signal"), failing, strict=True):
+    for config in failing:
+        how = Path(config).stem
         found[how] = two_processes(f"{folder}/{how}", config, how=how)
-    for how, config in (("kill", failing[1]), ("signal", failing[3])):
-        found[f"{how}, resumed"] = two_processes(f"{folder}/{how}", config, "--resume_from_checkpoint", "latest")
+        if how in ("kill", "signal"):
+            found[f"{how}, resumed"] = two_processes(f"{folder}/{how}", config, "--resume_from_checkpoint", "latest")
     Path(folder, "found.json").write_text(json.dumps(found))
 
 

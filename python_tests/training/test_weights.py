@@ -250,7 +250,7 @@ def test_master_dtype(trained, precision, dtype):
     assert weights.master_dtype(run) == dtype
 
 
-@pytest.mark.parametrize("kind", tiny_models.BUILDERS)
+@pytest.mark.parametrize("kind", ["sd", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sdxl", "pixels"))])
 def test_whole_unet_under_autocast(folders, tmp_path, kind):
     """As accelerate prepares it: fp32 masters get fp32 gradients of bf16 arithmetic, and what is saved reloads."""
     pipe = load(folders[kind])
