@@ -61,6 +61,7 @@ SD15 = {"none": 470, "ff": 292, "qkv": 200, "block": 52}
 SDXL = {"none": 3750, "ff": 2150, "qkv": 1320, "block": 330}
 
 
+@pytest.mark.slow
 def test_stock_keeps_what_the_budgets_are_compared_with(sd15, sdxl, autoencoder):
     for model, _ in (sd15, sdxl, autoencoder):
         rftcore.restore(model)

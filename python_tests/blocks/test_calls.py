@@ -154,6 +154,7 @@ PROCESSORS = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_processors(name, when):

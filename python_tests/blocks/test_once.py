@@ -53,6 +53,7 @@ def assert_once_is_exact(unet, kind="sd1", **options):
     assert_equal(chain(unet, kind, once_a_chain=True, **options), expected, bound=1e-12)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", UNETS)
 @pytest.mark.parametrize("level", ["none", "qkv", "block"])
 def test_a_chain_is_exact(kind, level):

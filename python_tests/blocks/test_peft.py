@@ -63,6 +63,7 @@ TARGETS = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(
     ("targets", "kind"), [*((targets, "sd1") for targets in TARGETS), ("projections", "sd2"), ("everything", "sd2")]
@@ -223,6 +224,7 @@ def test_merged_and_disabled():
     assert_served(unet)
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("targets", [ATTENTION, EVERYTHING], ids=["attention", "everything"])
 @pytest.mark.parametrize(("p", "recompute"), [(0.0, "none"), (0.4, "none"), (0.4, "block")])
 def test_dropout(p, recompute, targets):
@@ -306,6 +308,7 @@ KINDS = {
 }
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", KINDS)
 def test_adapters_of_other_kinds_run_stock(name, when):

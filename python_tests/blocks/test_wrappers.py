@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 import rftcore
 
 
-@pytest.mark.parametrize(("kind", "when"), [("sd1", "before"), ("sdxl", "after")])
+@pytest.mark.parametrize(("kind", "when"), [("sd1", "before"), pytest.param("sdxl", "after", marks=pytest.mark.slow)])
 def test_torch_compile(kind, when, caplog):
     torch.compiler.reset()
     unet = make(kind)

@@ -39,6 +39,7 @@ def test_a_local_pipeline_by_the_command(pipeline):
         assert part in done.stdout
 
 
+@pytest.mark.slow
 def test_the_parts_are_those_of_the_device(pipeline):
     made = predicted(pipeline, optimizer="adamw", reward_memory="1MiB")
     assert made.held["reward"] == 2**20

@@ -24,7 +24,7 @@ def test_plain_pytorch_learns(capsys):
     assert "2 of 3 steps differentiated" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16"])
+@pytest.mark.parametrize("precision", ["no", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_diffusers_script_saves_a_lora_that_diffusers_loads(precision, tmp_path):
     arguments = [*SMALL, f"--mixed_precision={precision}", "--train_batch_size=1", "--max_train_steps=3"]
     rewards = diffusers_script.main(diffusers_script.options([*arguments, f"--output_dir={tmp_path}"]))

@@ -58,6 +58,7 @@ def inputs(shape, dtype=torch.float32):
     return [torch.randn(batch, n, heads, head_dim).to(dtype) for n in rows]
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_all_passes(shape, dtype):

@@ -72,7 +72,7 @@ def stock(groups, activation="silu"):
     return function
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("activation", ["silu", None])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_results_and_gradients_are_exact_in_fp64(backend, activation, layout, nan_filled):

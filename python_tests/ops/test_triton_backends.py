@@ -193,7 +193,7 @@ def qkv_of(queries=21, keys=37, head_dim=40, dtype=torch.float32):
     return [normal(2, n, 2, head_dim, dtype=dtype).transpose(1, 2).requires_grad_() for n in (queries, keys, keys)]
 
 
-@pytest.mark.parametrize("keys", [37, 140])
+@pytest.mark.parametrize("keys", [pytest.param(37, marks=pytest.mark.slow), 140])
 def test_attention_in_any_layout(keys):
     inputs = qkv_of(keys=keys)
     grad = normal(2, 2, 21, 40)
@@ -218,7 +218,7 @@ def test_attention_with_any_scale(scale):
     assert all(a.norm() == 0 for a, b in zip(ours, right, strict=True) if b.norm() == 0)
 
 
-@pytest.mark.parametrize("keys", [37, 140])
+@pytest.mark.parametrize("keys", [37, pytest.param(140, marks=pytest.mark.slow)])
 def test_attention_makes_only_the_gradients_that_are_needed(keys):
     q, k, v = (t.detach() for t in qkv_of(keys=keys))
     grad = normal(2, 2, 21, 40)

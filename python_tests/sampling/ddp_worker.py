@@ -69,9 +69,10 @@ def refusal_of_a_sharded_unet():
         return str(error)
 
 
-def main(folder, rank):
+def main(folder, rank, *find_unused):
+    """Once for each value, True or False, of DDP's `find_unused_parameters`."""
     results = {}
-    for unused in (False, True):
+    for unused in (value == "True" for value in find_unused):
         accelerator = Accelerator(
             cpu=True, kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=unused)]
         )

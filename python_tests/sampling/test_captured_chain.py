@@ -76,6 +76,7 @@ def test_sampling_alone_is_captured(samplers, conditioning):
     assert captured.uncaptured is None and "launch" in recorder.calls
 
 
+@pytest.mark.slow
 def test_a_changed_scale_is_captured_anew(samplers, conditioning):
     """PEFT's scale is a number in a launch."""
     unet, plain, captured, _ = samplers(plan=PLANS["half"])

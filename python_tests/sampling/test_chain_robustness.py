@@ -152,7 +152,10 @@ CHANGES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "change",
+    [pytest.param(change, marks=pytest.mark.slow if place % 2 else []) for place, change in enumerate(CHANGES)],
+)
 def test_what_decides_about_memory_is_planned_anew(change, make_unet, conditioning):
     unet = rftcore.accelerate(make_unet(dtype=torch.float32, dropout=0.2))
     given, sampler = conditioning("sd1", BATCH, dtype=torch.float32), sampler_of(unet)

@@ -45,6 +45,7 @@ def chain(make_unet, make_scheduler, conditioning):
     return sampler, given, noise, parameters, by_hand
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("modes", [
     ("full", "full", "full", "full"),
     ("none", "full", "none", "full"),

@@ -45,7 +45,7 @@ def compare(unet, scheduler, given, *, guidance_scale, backprop_steps, eta=None,
 
 
 # An unconditional UNet has no guidance: refused, in test_errors.py.
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize(
     ("kind", "guidance_scale"),
     [*itertools.product(["sd1", "sd2", "sdxl"], [1.0, 5.0]), ("unconditional", 1.0)],
@@ -68,6 +68,7 @@ def test_ddim_equals_plain_autograd(
     assert gradients <= 1e-5
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("options", [
     {"prediction_type": "sample"},
     {"clip_sample": True, "clip_sample_range": 0.8},
@@ -88,6 +89,7 @@ def test_ddim_as_configured(make_unet, make_scheduler, conditioning, options, et
     assert gradients <= 1e-11
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", ["sd1", "unconditional"])
 @pytest.mark.parametrize("variance_type", ["fixed_small", "fixed_small_log", "fixed_large"])
 @pytest.mark.parametrize("options", [

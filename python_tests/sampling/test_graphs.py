@@ -38,21 +38,25 @@ def test_three_lives():
     assert segments.captured == 2 + 2 * STORED
 
 
-@pytest.mark.parametrize("kind", UNETS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind == "sd1" else pytest.mark.slow) for kind in UNETS]
+)
 def test_an_accelerated_unet(kind):
     toy, _ = unet(kind)
     assert_lives(toy, Segments(RecordedGraphs()), 3)
 
 
 @pytest.mark.parametrize(
-    "options", [{"accelerated": False}, {"recompute": "block"}, {"dtype": torch.bfloat16}], ids=str
+    "options",
+    [pytest.param({"accelerated": False}, marks=pytest.mark.slow), {"recompute": "block"}, {"dtype": torch.bfloat16}],
+    ids=str,
 )
 def test_a_unet_otherwise(options):
     toy, _ = unet(**options)
     assert_lives(toy, Segments(RecordedGraphs()), 3)
 
 
-@pytest.mark.parametrize("accelerated", [True, False])
+@pytest.mark.parametrize("accelerated", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_casts_that_autocast_keeps_are_none_of_a_segment(accelerated):
     """Each chain under one autocast, whose cache would hand the casts made while warming up to what is captured."""
     toy, segments = unet(accelerated=accelerated)[0], Segments(RecordedGraphs())

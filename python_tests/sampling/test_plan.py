@@ -16,7 +16,7 @@ from rftcore.sampling.plan import Plan, make_plan
 from rftcore.sampling.simulation import decoding
 
 
-@pytest.mark.parametrize("kind", ["sd1", "sdxl", "unconditional"])
+@pytest.mark.parametrize("kind", ["sd1", pytest.param("sdxl", marks=pytest.mark.slow), "unconditional"])
 def test_a_steps_bytes_and_flops_are_the_real_ones(kind):
     unet, guided = unet_of(kind), kind != "unconditional"
     planner, denoiser, plain = planner_of(unet, kind), Denoiser(unet), None

@@ -20,7 +20,7 @@ from rftcore.sampling.simulation import Simulation
 @pytest.mark.parametrize(
     ("kind", "accelerated", "shares"),
     [
-        ("sd1", True, (0, 0.4, 1)),
+        pytest.param("sd1", True, (0, 0.4, 1), marks=pytest.mark.slow),
         ("sd2", False, (0, 0.5)),
         ("unconditional", True, (0.1, 1)),
         pytest.param("sdxl", True, (0.3,), marks=pytest.mark.slow),

@@ -98,7 +98,7 @@ def test_a_second_backward_pass_replays_what_was_stored(make_unet, make_schedule
 
 
 @pytest.mark.parametrize("modes", [("none", "full", "detach_input", "full"), ("detach_eps", "full", "detach_eps", "full"),
-                                   ("full", "detach_x", "full", "full")])  # fmt: skip
+                                   pytest.param(("full", "detach_x", "full", "full"), marks=pytest.mark.slow)])  # fmt: skip
 def test_paths_are_the_same_in_every_plan(modes, make_unet, make_scheduler, conditioning):
     unet, given = rftcore.accelerate(make_unet()), conditioning("sd1", BATCH)
     noise = torch.randn(BATCH, 4, 8, 8, dtype=torch.float64)
@@ -189,6 +189,7 @@ def test_budgets_and_plans_that_do_not_fit(make_unet, make_scheduler, conditioni
         )
 
 
+@pytest.mark.slow
 def test_a_smaller_budget_keeps_less(make_unet, make_scheduler, conditioning):
     unet, given = rftcore.accelerate(make_unet(dtype=torch.float32)), conditioning("sd1", BATCH, dtype=torch.float32)
     noise, parameters = torch.randn(BATCH, 4, 8, 8), [p for p in unet.parameters() if p.requires_grad]

@@ -54,7 +54,8 @@ def test_a_shape_is_simulated_once_for_all_paths(make_sampler, given, monkeypatc
     assert len(made) == 2
 
 
-@pytest.mark.parametrize("share", [0.4, pytest.param(0.7, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.4, 0.7])
 def test_plans_do_not_depend_on_the_paths_before(share, make_sampler, given):
     """A run that is resumed has seen other paths than the one that was never interrupted."""
     alone = make_sampler(reserve=0)
@@ -74,6 +75,7 @@ def test_plans_do_not_depend_on_the_paths_before(share, make_sampler, given):
     assert fresh.plan == together.made[paths[-1]]
 
 
+@pytest.mark.slow
 def test_the_budget_and_the_reserve_of_a_plan_give_it_again(make_sampler, given):
     """What a resumed run plans all its paths with."""
     first = make_sampler(reserve="4MiB")
@@ -153,6 +155,7 @@ def run(sampler, given, path):
     return [latents.detach(), *(p.grad.clone() for p in module.parameters() if p.requires_grad)]
 
 
+@pytest.mark.slow
 def test_paths_that_come_once_are_not_captured(captured, given):
     plain, sampler, recorders = captured
     with torch.no_grad():

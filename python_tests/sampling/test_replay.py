@@ -196,7 +196,7 @@ def test_scale_of_the_adapter(make_unet, make_scheduler, conditioning):
     torch.testing.assert_close(half_latents, full(**given, latents=noise).latents)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
 def test_low_precision_adapters_are_summed_in_fp32(make_unet, make_scheduler, conditioning, dtype):
     """fp32 LoRA masters on a low-precision base give fp32 gradients."""
     unet = make_unet(dtype=dtype)

@@ -82,6 +82,7 @@ def by_plain_autograd(unet, scheduler, given, noise, scale, backprop_steps):
     return x
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("replayed", [False, True], ids=["stored", "replayed"])
 @pytest.mark.parametrize(("kind", "embedded", "backprop_steps"), [
     ("sd1", True, STEPS), ("sd1", True, 1), ("sdxl", True, STEPS), ("sd1", False, STEPS), ("sdxl", False, 1),

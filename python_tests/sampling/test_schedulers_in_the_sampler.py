@@ -65,6 +65,7 @@ def by_diffusers(unet, scheduler, given, noise, guidance_scale=2.0):
     )  # fmt: skip
 
 
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("replayed", [False, True], ids=["stored", "replayed"])
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])
 @pytest.mark.parametrize("scheduler", EULERS)

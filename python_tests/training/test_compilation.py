@@ -57,7 +57,7 @@ def failing(graph, inputs):
     ("backend", "message"),
     [
         (broken, "compiled UNet's gradient differs.* by 0.1 relative"),
-        (failing, "does not compile here .*no C.. compiler"),
+        pytest.param(failing, "does not compile here .*no C.. compiler", marks=pytest.mark.slow),
     ],
 )
 def test_wrong_compilers_are_refused(model, tmp_path, monkeypatch, backend, message):

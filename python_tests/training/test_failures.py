@@ -65,7 +65,9 @@ def test_nan_stops_with_prompt_and_step_and_may_be_dropped_on_resume(model, tmp_
     assert dropped == {1: 0, 2: 0, 3: 1, 4: 1}
 
 
-@pytest.mark.parametrize("algorithm", TRAIN)
+@pytest.mark.parametrize(
+    "algorithm", ["draft", "ddpo", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dpok", "rwr"))]
+)
 def test_dropped_samples_are_counted_and_the_others_train(model, tmp_path, algorithm):
     reward = broken_reward(lambda call, prompt: prompt.endswith("two"))
     trainer = Trainer(config(model, tmp_path / "run", algorithm, "drop"), reward=reward)

@@ -158,6 +158,7 @@ def test_every_judge_scores_and_the_alarm_names_the_one_that_fell(hacked, capsys
     assert sentence in card and "| darkness | held out |" in card
 
 
+@pytest.mark.slow
 def test_no_alarm_where_the_judge_agrees(model, tmp_path):
     run = config(model, tmp_path / "run", eval={"held_out_reward": "test_guards.agreeing"})
     results = Trainer(run).train()
@@ -262,6 +263,7 @@ def test_resumed_run_measures_drift_from_the_same_images(model, tmp_path, hacked
         assert again[key] == results[key]
 
 
+@pytest.mark.slow
 def test_lost_reference_is_said_and_drift_is_left_out(model, tmp_path, capfd):
     Trainer(config(model, tmp_path / "run", train={"max_train_steps": 1})).train()
     (tmp_path / "run" / reference.NAME).unlink()
@@ -295,6 +297,7 @@ def test_early_stop_ends_the_run_as_its_last_step_would(stopped, capfd):
     assert "stopped early: the held-out darkness" in (folder / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_early_stop_is_the_same_after_a_resume(model, tmp_path, stopped):
     """From before the decision, and from the checkpoint that it led to, which takes no further step."""
     folder, results = stopped
@@ -339,6 +342,7 @@ def pixels(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_unconditional_model_is_watched_too(pixels, tmp_path):
     groups = {
         "sampling": {"guidance_scale": 1.0, "num_inference_steps": 3},

@@ -27,7 +27,7 @@ def spoil(monkeypatch, algorithm, by):
     monkeypatch.setattr(f"rftcore.training.methods.{algorithm}.draw", draw)
 
 
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("merged", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_ddpo_rescores_all_that_it_trains_on(model, tmp_path, monkeypatch, merged):
     """Log-probabilities of another path than training's have no part in any inner epoch."""
     spoil(monkeypatch, "ddpo", 1.0)
@@ -52,7 +52,11 @@ def test_dpok_rescores_below_fp32(model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "train"), [("ddpo", {"samples_per_epoch": 4, "inner_epochs": 2, "rescore": False}), ("dpok", DPOK)]
+    ("algorithm", "train"),
+    [
+        ("ddpo", {"samples_per_epoch": 4, "inner_epochs": 2, "rescore": False}),
+        pytest.param("dpok", DPOK, marks=pytest.mark.slow),
+    ],
 )
 def test_log_probabilities_of_another_path_end_the_run(model, tmp_path, monkeypatch, algorithm, train):
     """Above a tenth of the clip range; below, they are reported."""
@@ -102,7 +106,7 @@ def test_ratio_before_the_first_update(model, tmp_path, train, accelerate, large
     assert bool(found) == bool(largest)
 
 
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("merged", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_ratio_before_the_first_update_in_bf16(model, tmp_path, accelerate_anew, merged):
     assert log_ratio(model, tmp_path / "1", "bf16", True, merged_rollouts=merged) == 0
     if merged:

@@ -53,7 +53,9 @@ def draft_loss(r):
     ("algorithm", "train", "loss", "options"),
     [
         ("draft", {}, draft_loss, {}),
-        ("draft", {"guidance_gradient": "positive"}, draft_loss, {"planned": False}),
+        pytest.param(
+            "draft", {"guidance_gradient": "positive"}, draft_loss, {"planned": False}, marks=pytest.mark.slow
+        ),
         ("draft", {}, draft_loss, {"sampling": {"eta": 0.0}, "prediction_type": "v_prediction", "planned": False}),
         (
             "draft",
@@ -62,14 +64,16 @@ def draft_loss(r):
             {"sampling": {"scheduler": "ddpm", "eta": None}, "planned": False},
         ),
         ("draft", {}, draft_loss, {"memory": {"budget": "1MiB"}}),
-        ("draft", {"backprop_steps": 1, "gradient_accumulation_steps": 2}, draft_loss, {}),
+        pytest.param(
+            "draft", {"backprop_steps": 1, "gradient_accumulation_steps": 2}, draft_loss, {}, marks=pytest.mark.slow
+        ),
         (
             "alignprop",
             {"truncation": "released", "truncation_low": 0, "truncation_high": 4},
             alignprop_loss,
             {"seed": 2},
         ),
-        ("alignprop", {"truncation": "paper"}, alignprop_loss, {"planned": False}),
+        pytest.param("alignprop", {"truncation": "paper"}, alignprop_loss, {"planned": False}, marks=pytest.mark.slow),
         ("refl", {"first_step": 1, "last_step": 3}, refl_loss, {"seed": 1, "planned": False}),
         ("drtune", {"train_steps": 2, "earliest_stop": 3}, draft_loss, {"seed": 2}),
     ],
@@ -142,7 +146,7 @@ def test_reward_gradients_of_an_unconditional_model(pixels, tmp_path, scheduler)
             {"prediction_type": "v_prediction"},
         ),
         ("sd", 1, {"loss": "sf", "batch_size": 6, "gradient_accumulation_steps": 3}, {}),
-        ("sd", 1, {}, {"sampling": {"scheduler": "ddpm", "eta": None}}),
+        pytest.param("sd", 1, {}, {"sampling": {"scheduler": "ddpm", "eta": None}}, marks=pytest.mark.slow),
         ("pixels", 1, {}, {}),
     ],
 )
@@ -197,15 +201,20 @@ def test_dpok(model, tmp_path, train, prediction_type):
     ("algorithm", "train", "options"),
     [
         ("rwr", {"weighting": "dense", "temperature": 3.0, "gradient_accumulation_steps": 2}, {}),
-        ("rwr", {"weighting": "dense", "per_prompt": True}, {"prediction_type": "v_prediction"}),
-        ("rwr", {"weighting": "sparse", "top": 0.5}, {}),
+        pytest.param(
+            "rwr",
+            {"weighting": "dense", "per_prompt": True},
+            {"prediction_type": "v_prediction"},
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("rwr", {"weighting": "sparse", "top": 0.5}, {}, marks=pytest.mark.slow),
         (
             "rwr",
             {"weighting": "sparse", "top": 0.5, "per_prompt": True},
             {"sampling": {"scheduler": "ddpm", "eta": None}},
         ),
         ("sft", {"regulariser": "kl_o", "gamma": 0.3, "gradient_accumulation_steps": 2}, {}),
-        ("sft", {"regulariser": "kl_d", "gamma": 0.3, "beta": 0.8}, {}),
+        pytest.param("sft", {"regulariser": "kl_d", "gamma": 0.3, "beta": 0.8}, {}, marks=pytest.mark.slow),
     ],
 )
 def test_regressions(model, tmp_path, algorithm, train, options):
@@ -219,14 +228,20 @@ def test_regressions(model, tmp_path, algorithm, train, options):
     ("algorithm", "train"),
     [
         ("draft", {"batch_size": 3}),
-        ("draft", {"batch_size": 3, "gradient_accumulation_steps": 3}),
+        pytest.param("draft", {"batch_size": 3, "gradient_accumulation_steps": 3}, marks=pytest.mark.slow),
         ("draft_lv", {"batch_size": 3}),
-        ("draft_plus", {"batch_size": 3}),
+        pytest.param("draft_plus", {"batch_size": 3}, marks=pytest.mark.slow),
         ("ddpo", {"batch_size": 3, "samples_per_epoch": 6, "per_prompt_statistics": False}),
-        ("ddpo", {"batch_size": 6, "samples_per_epoch": 6, "statistics_min_count": 2}),
+        pytest.param(
+            "ddpo", {"batch_size": 6, "samples_per_epoch": 6, "statistics_min_count": 2}, marks=pytest.mark.slow
+        ),
         ("dpok", {"samples_per_epoch": 3, "batch_size": 4, "gradient_accumulation_steps": 2, "policy_steps": 1}),
         ("rwr", {"samples_per_epoch": 6, "inner_epochs": 1, "per_prompt": True}),
-        ("rwr", {"samples_per_epoch": 6, "inner_epochs": 1, "weighting": "sparse", "top": 0.5}),
+        pytest.param(
+            "rwr",
+            {"samples_per_epoch": 6, "inner_epochs": 1, "weighting": "sparse", "top": 0.5},
+            marks=pytest.mark.slow,
+        ),
         ("sft", {"samples_per_epoch": 6, "inner_epochs": 1}),
     ],
 )

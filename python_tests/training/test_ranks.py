@@ -26,7 +26,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parents[1]}
 def found(model, tmp_path_factory):
     """What became of runs on two processes, by what failed in their 3rd step on the second of them."""
     folder, configs = tmp_path_factory.mktemp("ranks"), []
-    failing = ["kill", "signal", *(["raise", "nan"] if os.environ.get("RFTCORE_TEST_ALL") == "1" else [])]
+    failing = ["kill", *(["signal", "raise", "nan"] if os.environ.get("RFTCORE_TEST_ALL") == "1" else [])]
     for name in ("whole", *failing):
         values = tiny.values(
             model, folder / name, train={"max_train_steps": 4, "batch_size": 8}, checkpointing_steps=2,
@@ -52,7 +52,9 @@ def found(model, tmp_path_factory):
             "nan", [1, 1], "process 1 failed: after step 2: reward 'noisy' returned nan for",
             "checkpoint-2 is the last", marks=pytest.mark.slow,
         ),
-        ("signal", [128 + signal.SIGTERM] * 2, "SIGTERM: saved", "saving after this step"),
+        pytest.param(
+            "signal", [128 + signal.SIGTERM] * 2, "SIGTERM: saved", "saving after this step", marks=pytest.mark.slow
+        ),
     ],
 )  # fmt: skip
 def test_one_process_fails_and_both_end(found, how, statuses, first, second):
@@ -64,7 +66,7 @@ def test_one_process_fails_and_both_end(found, how, statuses, first, second):
     assert run["seconds"] < 60
 
 
-@pytest.mark.parametrize("how", ["kill", "signal"])
+@pytest.mark.parametrize("how", ["kill", pytest.param("signal", marks=pytest.mark.slow)])
 def test_two_processes_stopped_and_resumed_are_two_that_were_not(found, how):
     """Each draws from its own global generator in every step: the random numbers of both go on as they were."""
     folder, all_found = found

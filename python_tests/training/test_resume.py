@@ -132,6 +132,7 @@ def test_half_written_checkpoint_is_refused_and_is_not_the_latest(model, whole):
         half.rmdir()
 
 
+@pytest.mark.slow
 def test_resumed_at_its_last_step_it_only_reports(model, tmp_path):
     folder = tmp_path / "run"
     first = Trainer(tiny.config(model, folder, checkpointing_steps=2)).train()
@@ -230,6 +231,7 @@ def test_checkpoint_of_a_later_format_is_refused(model, tmp_path, whole):
         Trainer(config(model, folder, resume_from_checkpoint="latest"))
 
 
+@pytest.mark.slow
 def test_going_back_to_an_earlier_checkpoint_makes_the_later_ones_anew(model, tmp_path, whole):
     """Until its own checkpoint is complete the later one can still be resumed, with all of its metrics."""
     folder = tmp_path / "run"

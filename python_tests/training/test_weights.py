@@ -20,6 +20,7 @@ from rftcore.training.models import usage
 
 CPU = torch.device("cpu")
 PROMPTS = tiny.TRAIN_PROMPTS[:2]
+KINDS = [pytest.param(kind, marks=[] if kind == "sd" else pytest.mark.slow) for kind in tiny_models.BUILDERS]
 
 
 def load(folder):
@@ -94,7 +95,7 @@ def test_every_module_learns_and_accelerated_gradients_are_stocks(folders, kind,
     assert torch.linalg.norm(found[0] - found[1]) <= 1e-11 * torch.linalg.norm(found[0])
 
 
-@pytest.mark.parametrize("kind", tiny_models.BUILDERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_first_backward_of_a_fresh_lora_reaches_every_module(folders, kind):
     """B = 0: A has no gradient yet, B has."""
     pipe = load(folders[kind])
@@ -120,7 +121,7 @@ def test_adapter_is_the_seeds_alone_and_starts_without_effect(folders, kind):
     assert torch.equal(adapters[0], adapters[1]) and not torch.equal(adapters[0], adapters[2])
 
 
-@pytest.mark.parametrize("kind", tiny_models.BUILDERS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_adapters_off_is_the_base_model(folders, kind):
     pipe = load(folders[kind])
     base = copy.deepcopy(pipe.unet)
@@ -250,7 +251,7 @@ def test_master_dtype(trained, precision, dtype):
     assert weights.master_dtype(run) == dtype
 
 
-@pytest.mark.parametrize("kind", ["sd", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sdxl", "pixels"))])
+@pytest.mark.parametrize("kind", KINDS)
 def test_whole_unet_under_autocast(folders, tmp_path, kind):
     """As accelerate prepares it: fp32 masters get fp32 gradients of bf16 arithmetic, and what is saved reloads."""
     pipe = load(folders[kind])
