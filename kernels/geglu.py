@@ -90,8 +90,3 @@ def _launch(kernel, tensors, like, config):
     grid = (cdiv(rows, config.rows) * cdiv(columns, config.columns),)
     sizes = {"rows": rows, "columns": columns, "ROWS": config.rows, "COLUMNS": config.columns}
     return Launch(kernel, grid, {**tensors, **sizes}, config.num_warps)
-
-
-def count_bytes(rows: int, columns: int, itemsize: int) -> tuple[int, int]:
-    """That the forward, and the backward, must move: u and y; grad_y, u and grad_u."""
-    return 3 * rows * columns * itemsize, 5 * rows * columns * itemsize
