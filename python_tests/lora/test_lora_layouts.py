@@ -326,6 +326,16 @@ def test_the_files_of_diffusers_own_converter_to_kohya(two, tmp_path):
     )
 
 
+def test_of_several_patterns_the_first_goes_with_every_layout(tmp_path):
+    layers = {"unet.down_blocks.0.resnets.0.conv1": Layer(torch.ones(2, 3, 1, 1), torch.ones(4, 2, 1, 1), 3.0)}
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "alpha_pattern": {"conv1": 3, "^down_blocks.*": 1}}
+    lora = Lora(layers, "peft", {"unet": config}, {})
+    written = files.write(lora, tmp_path / "peft", "peft")
+    for layout, name in (("diffusers", "d.safetensors"), ("peft", "p"), ("kohya", "k.safetensors")):
+        written = files.write(files.read(written), tmp_path / name, layout)
+        assert_same_layers(files.read(written), lora)
+
+
 def test_a_layers_own_alpha_goes_before_the_configs(tmp_path):
     said = {"unet.lora_alpha": 3, "unet.r": 2, "unet.target_modules": ["proj_in"]}
     save_file(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os.path
 import tempfile
@@ -167,7 +166,7 @@ def _write_folder(lora: Lora, path: Path) -> None:
 def _write_peft(lora: Lora, component: str, folder: Path) -> None:
     state, config = layouts.to_peft(lora, component)
     _write_file(state, folder / PEFT_FILE, {**lora.metadata, "format": "pt"})
-    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(layouts.config_text(config) + "\n", encoding="utf-8")
 
 
 def _write_file(state: Mapping[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

@@ -111,7 +111,7 @@ def to_diffusers(lora: Lora) -> tuple[dict[str, Tensor], dict[str, str]]:
     configs = {
         f"{component}.{key}": value for component in lora.components for key, value in config(lora, component).items()
     }
-    metadata = {**lora.metadata, CONFIG_KEY: json.dumps(configs, indent=2, sort_keys=True), "format": "pt"}
+    metadata = {**lora.metadata, CONFIG_KEY: config_text(configs), "format": "pt"}
     return _tensors(lora.layers), metadata
 
 
@@ -144,15 +144,22 @@ def to_kohya(lora: Lora, where: object) -> tuple[dict[str, Tensor], dict[str, st
     return state, {**lora.metadata, "format": "pt"}
 
 
+def config_text(config: Mapping[str, Any]) -> str:
+    """JSON, sorted by the settings' names; their patterns stay in order: PEFT takes the first that matches a layer."""
+    return json.dumps(dict(sorted(config.items())), indent=2)
+
+
 def config(lora: Lora, component: str) -> dict[str, Any]:
     """PEFT's config of a component: the file's own, or made from the layers' ranks and alphas."""
     if component in lora.configs:
         return dict(lora.configs[component])
     # Without "text_model.", which transformers 5 has in no CLIPTextModel: PEFT compares the ends of names.
     layers = {name.removeprefix("text_model."): layer for name, layer in lora.of(component).items()}
-    ranks = {name: layer.rank for name, layer in layers.items()}
+    # The longest names first: one that is the end of another would match that, too.
+    names = sorted(layers, key=lambda name: (-len(name), name))
+    ranks = {name: layers[name].rank for name in names}
     # As integers where they are: that is what most have.
-    alphas = {name: _whole(layer.alpha) for name, layer in layers.items()}
+    alphas = {name: _whole(layers[name].alpha) for name in names}
     rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     return {
         "peft_type": "LORA",
