@@ -7,7 +7,7 @@ from shared_simulations import simulation
 
 import rftcore
 from rftcore.sampling.denoiser import Denoiser
-from rftcore.sampling.plan import Planner
+from rftcore.sampling.planner import Planner
 
 MODES = ("none", "full", "full", "full")
 

@@ -12,7 +12,8 @@ import rftcore
 from rftcore.blocks import once, recompute
 from rftcore.counting import FLOPs, PeakBytes
 from rftcore.sampling.denoiser import Denoiser
-from rftcore.sampling.plan import Plan, make_plan
+from rftcore.sampling.plan import Plan
+from rftcore.sampling.planner import make_plan
 from rftcore.sampling.simulation import decoding
 
 

@@ -13,7 +13,7 @@ import rftcore
 from rftcore import published
 from rftcore.counting import PeakBytes
 from rftcore.sampling.denoiser import Denoiser
-from rftcore.sampling.plan import Planner
+from rftcore.sampling.planner import Planner
 from rftcore.sampling.simulation import Simulation
 
 

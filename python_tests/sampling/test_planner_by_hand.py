@@ -5,7 +5,8 @@ import itertools
 import pytest
 
 from rftcore.blocks.costs import Item
-from rftcore.sampling.plan import Plan, Planner, _hull, _Point
+from rftcore.sampling.plan import Plan
+from rftcore.sampling.planner import Planner, _hull, _Point
 from rftcore.sampling.simulation import Constants, Forward, Step
 
 BATCH, MODES = 4, ("none", "full", "full", "full")

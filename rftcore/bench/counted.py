@@ -22,7 +22,8 @@ from rftcore.counting import FLOPs, PeakBytes
 from rftcore.sampling.conditioning import Conditioning
 from rftcore.sampling.denoiser import Denoiser
 from rftcore.sampling.gradient_path import GradientPath
-from rftcore.sampling.plan import Plan, Planner
+from rftcore.sampling.plan import Plan
+from rftcore.sampling.planner import Planner
 from rftcore.sampling.simulation import Simulation
 
 # Models whose runs are shorter than counting them on tensors without data.

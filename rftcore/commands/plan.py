@@ -22,7 +22,8 @@ from rftcore.errors import UsageError, nearest
 from rftcore.sampling.conditioning import Conditioning
 from rftcore.sampling.denoiser import Denoiser
 from rftcore.sampling.gradient_path import GradientPath
-from rftcore.sampling.plan import Plan, Planner
+from rftcore.sampling.plan import Plan
+from rftcore.sampling.planner import Planner
 from rftcore.sampling.simulation import Simulation, decoding
 
 # The decoder's levels, from the one of the fewest FLOPs.

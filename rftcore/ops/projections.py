@@ -46,6 +46,11 @@ def restore(values: Iterable, scales: Iterable[Iterable[float]]) -> list[Project
     ]
 
 
+def adapters_of(projections: Iterable[Projection]) -> list[Adapter]:
+    """All adapters, of one projection after the other."""
+    return [adapter for p in projections for adapter in p.adapters]
+
+
 def scales_of(projections: Iterable[Projection]) -> tuple[tuple[float, ...], ...]:
     """A scale for each adapter of each projection."""
     return tuple(tuple(adapter.scale for adapter in p.adapters) for p in projections)

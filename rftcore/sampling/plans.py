@@ -16,7 +16,8 @@ from rftcore.blocks.served import served
 from rftcore.sampling.ambient import Ambient
 from rftcore.sampling.denoiser import Denoiser
 from rftcore.sampling.free_memory import free_memory
-from rftcore.sampling.plan import Plan, make_plan
+from rftcore.sampling.plan import Plan
+from rftcore.sampling.planner import make_plan
 from rftcore.sampling.recent import Recent
 from rftcore.sampling.simulation import Simulation, Unpredictable
 
