@@ -65,6 +65,17 @@ def test_what_is_counted_without_data_is_what_a_run_takes(name, drafts, monkeypa
     assert row["peak_mib"] == pytest.approx(drafts.count(method(name), settled)["peak_mib"], rel=1e-3)
 
 
+@pytest.mark.parametrize("name", ["stock", "rftcore"])
+def test_a_policys_epoch_is_counted_without_data_too(name, monkeypatch):
+    rows = []
+    for with_data in (counted.SMALL, ()):
+        monkeypatch.setattr(counted, "SMALL", with_data)
+        counter = Counter(asked(work="dpok"))
+        settled = counter.settle(method(name), {}) if method(name).planned else None
+        rows.append(counter.count(method(name), settled))
+    assert rows[0] == pytest.approx(rows[1], rel=1e-3)
+
+
 def test_ours_stays_within_the_bytes_it_was_given(drafts):
     stock = {name: drafts.count(method(name)) for name in ("stock", "stock+steps")}
     assert stock["stock+steps"]["peak_mib"] < 0.75 * stock["stock"]["peak_mib"]

@@ -13,6 +13,8 @@ SMALL = ["--num_inference_steps=2", "--reward=brightness", "--learning_rate=5e-2
 
 @pytest.fixture(autouse=True)
 def _one_accelerator():
+    """Of the tests before, and of each of these."""
+    AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
 

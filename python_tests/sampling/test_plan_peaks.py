@@ -76,10 +76,11 @@ def test_the_predicted_peak_is_the_counted_one_of_published_models(name, batch, 
 
 
 _PROCESS = """
-import psutil, resource, sys, torch
+import sys, torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from peft import LoraConfig
 import rftcore
+from rftcore import resident
 
 torch.set_num_threads(1)
 unet = UNet2DConditionModel(
@@ -94,15 +95,12 @@ sampler = lambda budget: rftcore.CheckpointedSampler(
     unet, DDIMScheduler(), num_inference_steps=3, guidance_scale=5.0, memory_budget=budget
 )
 
-def peak():
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
 # Libraries' own memory is there before.
 sampler(2**40)(text, text, latents=torch.randn(1, 4, 16, 16)).latents.sum().backward()
 chain = sampler(int(sys.argv[1]))
-before = psutil.Process().memory_info().rss
+before = resident.now()
 chain(text, text, latents=torch.randn(1, 4, 32, 32)).latents.sum().backward()
-print(before, peak(), chain.plan.peak_bytes, chain.plan.replays)
+print(before, resident.largest(), chain.plan.peak_bytes, chain.plan.replays)
 """
 
 

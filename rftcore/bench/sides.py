@@ -169,6 +169,9 @@ class Stock(Side):
         with _disable_current_modes():
             self._scheduler = copy.deepcopy(problem.scheduler)
             self._scheduler.set_timesteps(steps)
+            self._numbers, self._alphas = (
+                t.tolist() for t in (self._scheduler.timesteps, self._scheduler.alphas_cumprod)
+            )
         # For the UNet on its device; the scheduler's table is on the CPU.
         self._times = [(t.to(problem.noise.device), t) for t in self._scheduler.timesteps]
         self._states: list[Tensor] = []
@@ -189,29 +192,28 @@ class Stock(Side):
 
     def rollout(self) -> tuple[Tensor, Tensor]:
         self._states, log_probs = [self.problem.noise], []
-        for t, time in self._times:
-            step = self._noisy_step(self._guided(self._states[-1], t), time, self._states[-1])
+        for (t, _), number in zip(self._times, self._numbers, strict=True):
+            step = self._noisy_step(self._guided(self._states[-1], t), number, self._states[-1])
             self._states.append(step.next_x)
             log_probs.append(step.log_prob)
         return self._states[-1], torch.stack(log_probs, 1)
 
     def log_prob(self, step: int, reference: str | None) -> tuple[Tensor, Tensor | None]:
-        (t, time), x, next_x = self._times[step], *self._states[step : step + 2]
-        taken = self._noisy_step(self._guided(x, t), time, x, next_x)
+        (t, _), number, x, next_x = self._times[step], self._numbers[step], *self._states[step : step + 2]
+        taken = self._noisy_step(self._guided(x, t), number, x, next_x)
         if reference is None:
             return taken.log_prob, None
         with torch.no_grad(), adapters_off(self.problem.unet):
-            base = self._noisy_step(self._guided(x, t), time, x, next_x).mean
+            base = self._noisy_step(self._guided(x, t), number, x, next_x).mean
         divergence = (taken.mean - base).square() / (2 * taken.sigma**2)
         return taken.log_prob, divergence.flatten(1).mean(1)
 
-    def _noisy_step(self, output: Tensor, time: Tensor, x: Tensor, next_x: Tensor | None = None) -> Step:
+    def _noisy_step(self, output: Tensor, number: int, x: Tensor, next_x: Tensor | None = None) -> Step:
         """A step of DDIM with eta = 1, drawn or given.
 
         Source: Song et al. 2021 (DDIM), eq. 12 and 16; the last step ends on the table's first entry (ddpo-pytorch).
         """
-        alphas, stride = self._scheduler.alphas_cumprod, 1000 // self.steps
-        a_t, a_p = (float(alphas[max(t, 0)]) for t in (int(time), int(time) - stride))
+        a_t, a_p = (self._alphas[max(t, 0)] for t in (number, number - 1000 // self.steps))
         if self._scheduler.config.prediction_type == "v_prediction":
             x0, eps = (
                 math.sqrt(a_t) * x - math.sqrt(1 - a_t) * output,

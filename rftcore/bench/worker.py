@@ -19,6 +19,7 @@ import diffusers
 import torch
 import transformers
 
+from rftcore import resident
 from rftcore.bench.counted import Counter, Impossible, problem_for
 from rftcore.bench.methods import Method
 from rftcore.bench.sides import Settled, Side, make_side
@@ -100,7 +101,7 @@ class Tasks:
         if on_gpu:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated() if on_gpu else _fresh_rss()
+        before = torch.cuda.memory_allocated() if on_gpu else _rss_counted_anew()
         start = time.perf_counter()
         self._side.run(self._options.work)
         if on_gpu:
@@ -108,7 +109,7 @@ class Tasks:
         seconds = time.perf_counter() - start
         found = {"seconds": seconds}
         if before is not None:
-            peak = torch.cuda.max_memory_allocated() if on_gpu else _of_status("VmHWM")
+            peak = torch.cuda.max_memory_allocated() if on_gpu else resident.largest()
             found["cuda_mib" if on_gpu else "rss_mib"] = (peak - before) / 2**20
         _trim()
         return found
@@ -193,16 +194,6 @@ def _trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _fresh_rss() -> int | None:
-    """Bytes of the process, whose largest is counted anew from here; None where the system cannot."""
-    _trim()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return None
-    return _of_status("VmRSS")
-
-
-def _of_status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024
+def _rss_counted_anew() -> int | None:
+    """Bytes of the process, whose largest is counted from here on; None where the system cannot."""
+    return resident.now() if resident.count_anew() else None

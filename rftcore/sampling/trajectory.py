@@ -188,6 +188,8 @@ class Trajectory:
 
 
 def _check_range(name: str, numbers: Tensor, count: int, what: str) -> None:
-    outside = numbers[(numbers < 0) | (numbers >= count)]
-    if len(outside):
-        raise IndexError(f"{name} holds {int(outside[0])}; the trajectory has {what} 0 to {count - 1}.")
+    inside = (numbers >= 0) & (numbers < count)
+    # Not by the outside's number: tensors without data have none.
+    if not inside.all():
+        outside = int(numbers[~inside][0])
+        raise IndexError(f"{name} holds {outside}; the trajectory has {what} 0 to {count - 1}.")

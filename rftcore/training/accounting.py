@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -11,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+
+from rftcore import resident
 
 GIB = 2**30
 
@@ -58,5 +58,4 @@ def peak_gib(device: torch.device) -> float:
     """The most memory this process has held so far, in GiB: CUDA's allocator on a GPU, resident memory elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+    return resident.largest() / GIB
