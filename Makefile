@@ -27,7 +27,7 @@ demo: setup
 
 # A process a core, each on a thread of its own; the tests of a file stay together, and share what it sets up. Files in
 # conftest.py's order, the longest first.
-PYTEST := $(VENV)/bin/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
+PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(PYTEST)
