@@ -100,6 +100,8 @@ def test_places_that_hold_nothing(kind, tmp_path):
         load(kind, tmp_path)
     with pytest.raises(RewardSpecError, match="there is no such f"):
         load(kind, tmp_path / "away")
+    with pytest.raises(RewardSpecError, match="there is no such f"):
+        load(kind, tmp_path / ("x" * 300))
 
 
 def test_a_file_by_itself_by_folder_and_from_the_hub(tmp_path, offline):

@@ -71,3 +71,11 @@ def test_a_failing_import_inside_the_module_keeps_its_own_error():
 def test_an_algorithm_that_needs_the_gradient_says_which_do_not():
     with pytest.raises(RewardSpecError, match="DRaFT follows the reward's gradient.*DDPO, DPOK"):
         rewards.check_differentiable(rewards.load("user_rewards.silent", differentiable=False), "DRaFT")
+
+
+def test_an_option_nested_deeper_than_python_goes_is_refused():
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(RewardSpecError, match="option model=\\[.*it must be text"):
+        rewards.load("aesthetic", options={"model": deep})

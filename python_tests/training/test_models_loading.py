@@ -162,6 +162,11 @@ def test_old_names_and_shards_are_whole(folders, tmp_path):
         assert all(torch.equal(value, theirs[key]) for key, value in getattr(again, component).state_dict().items())
 
 
+def test_a_name_that_no_file_can_have():
+    with pytest.raises(UsageError, match="'x+' does not load: there is no such folder or "):
+        load("x" * 300)
+
+
 def test_a_file_that_ends_too_soon(folders, tmp_path):
     shutil.copytree(folders["sd"], tmp_path, dirs_exist_ok=True)
     file = tmp_path / "text_encoder" / "model.safetensors"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os.path
 import pickle
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -95,10 +96,11 @@ def file(reward: str, option: str, place: str | Path, *names: str, revision: str
     Raises: RewardSpecError where none of them is there.
     """
     place = str(place)
-    path = Path(place).expanduser()
-    if path.is_file():
+    # os.path, and not pathlib, says no of names that no file can have.
+    path = Path(os.path.expanduser(place))
+    if os.path.isfile(path):
         return path
-    if path.is_dir():
+    if os.path.isdir(path):
         for name in names:
             if (path / name).is_file():
                 return path / name
@@ -200,7 +202,7 @@ def _error(reward: str, option: str, place: str | Path, reason: str) -> RewardSp
 
 def _why(reward: str, option: str, place: str, error: Exception, what: str, revision: str | None) -> str:
     """What is wrong with a place that did not load, and what to do."""
-    if Path(place).expanduser().exists():
+    if os.path.exists(os.path.expanduser(place)):
         if isinstance(error, pickle.UnpicklingError):
             return f"its pickled weights hold more than tensors{_HOW_TO_CONVERT}"
         return f"no {what} came from it ({_first_line(error)}); {_put(reward, option)}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class _HumanPreference(nn.Module):
     ) -> None:
         super().__init__()
         options: dict[str, Any] = {"checkpointing": checkpointing, "dtype": dtype, "revision": revision}
-        if (Path(model).expanduser() / "config.json").is_file():
+        if os.path.isfile(os.path.join(os.path.expanduser(model), "config.json")):
             self.clip = load_clip(self.name, model, tokenizer=tokenizer, **options)
         else:
             self.clip = self._from_open_clip(model, tokenizer, **options)

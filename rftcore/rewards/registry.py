@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -129,7 +130,7 @@ def _made(found: Any, name: str, options: dict[str, Any]) -> Any:
     for option, value in options.items():
         if option in wanted and not fits(value, wanted[option]):
             raise RewardSpecError(
-                f"reward {name!r} has the option {option}={value!r}; it must be {expected(wanted[option])}"
+                f"reward {name!r} has the option {option}={reprlib.repr(value)}; it must be {expected(wanted[option])}"
             )
     if inspect.isclass(found):
         return found(**options)

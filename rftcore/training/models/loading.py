@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os.path
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def load(config: ModelConfig, dtype: torch.dtype, unet_dtype: torch.dtype | None
     dtypes = {"unet": unet_dtype or dtype, "default": dtype}
     name = config.pretrained_model_name_or_path
     path = Path(name)
-    if path.is_file():
+    # os.path, and not pathlib, says no of names that no file can have.
+    if os.path.isfile(path):
         pipe = _of_file(path, config, dtypes)
     else:
         if config.original_config is not None:
@@ -100,7 +102,7 @@ def _of_pipeline(name: str, config: ModelConfig, dtypes: dict[str, torch.dtype])
         raise
     except _BROKEN as error:
         raise UsageError(f"{_NAME}={name!r} does not load: {_why(name, config, error)}") from error
-    if Path(source).is_dir():
+    if os.path.isdir(source):
         whole.check(pipe, Path(source), config.variant, without=given)
     return pipe
 
@@ -113,7 +115,7 @@ def _load_vae(config: ModelConfig, configs: str, revision: str | None, dtype: to
     """
     name = config.vae or ""
     try:
-        if Path(name).is_file():
+        if os.path.isfile(name):
             vae = AutoencoderKL.from_single_file(name, config=configs, subfolder="vae", torch_dtype=dtype)
         else:
             vae = AutoencoderKL.from_pretrained(name, torch_dtype=dtype, **_vae_folder(name))
@@ -124,7 +126,7 @@ def _load_vae(config: ModelConfig, configs: str, revision: str | None, dtype: to
             "download NAME --local-dir FOLDER` on a machine with one, and copy FOLDER here"
         ) from error
     folder = Path(name, *_vae_folder(name).values())
-    if folder.is_dir():
+    if os.path.isdir(folder):
         whole.check_model(vae, folder, None)
     own = AutoencoderKL.load_config(configs, subfolder="vae", revision=revision)
     for key in _LATENTS:
@@ -138,13 +140,13 @@ def _load_vae(config: ModelConfig, configs: str, revision: str | None, dtype: to
 
 def _vae_folder(name: str) -> dict[str, str]:
     """A pipeline has its VAE in a subfolder."""
-    return {"subfolder": "vae"} if (Path(name) / "model_index.json").is_file() else {}
+    return {"subfolder": "vae"} if os.path.isfile(Path(name) / "model_index.json") else {}
 
 
 def _why(name: str, config: ModelConfig, error: Exception) -> str:
     """What is wrong with a place that no pipeline came from, and what to do."""
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):
         if (path / "model_index.json").is_file():
             return _wrong_variant(path, config.variant) or str(error)
         return (
