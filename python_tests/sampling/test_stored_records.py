@@ -39,6 +39,7 @@ TRAJECTORY = Trajectory(
         {"peak_bytes": "x"},
         {"budget": -1},
         {"reasons": [3]},
+        {"reasons": {"a": [float("nan")]}},
         {"differentiated": 1},
         {"differentiated": 9},
         {"replay_extra": None},
@@ -80,7 +81,10 @@ def test_records_of_others(record, other):
 
 @pytest.mark.parametrize("record", [TRANSITIONS, TRAJECTORY], ids=["transitions", "trajectory"])
 def test_settings_that_cannot_be_compared(record):
-    for wrong in (torch.ones(2), [torch.ones(2)]):
+    deep = []
+    for _ in range(100_000):
+        deep = [deep]
+    for wrong in (torch.ones(2), [torch.ones(2)], float("nan"), deep):
         with pytest.raises(ValueError, match="settings are no plain values"):
             type(record).from_state_dict(record.state_dict() | {"settings": {"steps": wrong}})
 

@@ -151,6 +151,9 @@ class Plan:
 
     def _check_kinds(self) -> None:
         """Raises TypeError for what no `to_dict` gives."""
+        for name in ("stored", "kept_bytes", "level_extra", "reasons"):
+            if not isinstance(getattr(self, name), tuple):
+                raise TypeError(f"{name} is a {type(getattr(self, name)).__name__}, no list")
         counts = {name: getattr(self, name) for name in _COUNTS} | {
             f"stored {n}": at for n, at in enumerate(self.stored)
         }

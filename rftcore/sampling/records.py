@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -94,10 +95,12 @@ def check_stored(
         raise refuse("settings are no plain values by name")
 
 
-def _is_plain(value: Any) -> bool:
+def _is_plain(value: Any, depth: int = 8) -> bool:
+    """Numbers, texts, and lists of them no deeper than settings are. NaN is none: it would differ from itself."""
     if isinstance(value, (list, tuple, dict)):
-        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
-    return value is None or isinstance(value, (bool, int, float, str))
+        inner = value.values() if isinstance(value, dict) else value
+        return depth > 0 and all(_is_plain(one, depth - 1) for one in inner)
+    return value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and not math.isnan(value))
 
 
 def _has_sizes(value: Any, sizes: Sequence[int]) -> bool:
