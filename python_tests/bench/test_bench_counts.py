@@ -65,7 +65,7 @@ def test_what_is_counted_without_data_is_what_a_run_takes(name, drafts, monkeypa
     assert row["peak_mib"] == pytest.approx(drafts.count(method(name), settled)["peak_mib"], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", ["stock", "rftcore"])
+@pytest.mark.parametrize("name", [pytest.param("stock", marks=pytest.mark.slow), "rftcore"])
 def test_a_policys_epoch_is_counted_without_data_too(name, monkeypatch):
     rows = []
     for with_data in (counted.SMALL, ()):

@@ -52,7 +52,10 @@ def test_the_innermost_counts_and_is_taken_back():
 
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [*((kind, {}) for kind in UNETS), *((kind, {"layers_per_block": 2}) for kind in ("sd1", "sd2", "sdxl"))],
+    [
+        *((kind, {}) for kind in UNETS),
+        *(pytest.param(kind, {"layers_per_block": 2}, marks=pytest.mark.slow) for kind in ("sd1", "sd2", "sdxl")),
+    ],
 )
 def test_everything_made_again_is_exact(kind, options):
     stock, unet = pair(make(kind, **options))

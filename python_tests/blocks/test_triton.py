@@ -43,7 +43,7 @@ def results(model, dtype, kind="sd1", size=(4, 4)):
 
 # 144 tokens are more than those that stay on chip.
 @pytest.mark.parametrize(("kind", "size", "levels"), [
-    ("sd1", (12, 12), ["none"]),
+    pytest.param("sd1", (12, 12), ["none"], marks=pytest.mark.slow),
     pytest.param("sdxl", (4, 4), LEVELS, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_levels_are_as_good_as_stock_and_equal_each_other(kind, size, levels, launched):

@@ -10,6 +10,10 @@ from processes import launch, saved
 WORKER = Path(__file__).with_name("two_processes_worker.py")
 
 
+# sampling/test_ddp.py has whole chains on two processes.
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two_processes")

@@ -79,7 +79,7 @@ class Case:
         assert_as_good_as(self.stock(), self.run(config), self.stock(double=True))
 
 
-@pytest.mark.covering(2)
+@pytest.mark.covering(1)
 @pytest.mark.parametrize("config", [None, SMALL, WIDE], ids=["heuristic", "small", "wide"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES)

@@ -55,6 +55,7 @@ def planner():
     return planner_of(unet_of(), batch=3, modes=("none", *["full"] * 6))
 
 
+@pytest.mark.slow
 def test_more_memory_is_never_slower_and_all_of_it_is_kept_to(planner):
     least, everything = max(planner.least().values()), planner.plan(2**40).peak_bytes
     plans = [planner.plan(round(least + share / 6 * (everything - least))) for share in range(7)]

@@ -21,7 +21,7 @@ from rftcore.sampling.simulation import Simulation
     ("kind", "accelerated", "shares"),
     [
         pytest.param("sd1", True, (0, 0.4, 1), marks=pytest.mark.slow),
-        ("sd2", False, (0, 0.5)),
+        pytest.param("sd2", False, (0, 0.5), marks=pytest.mark.slow),
         ("unconditional", True, (0.1, 1)),
         pytest.param("sdxl", True, (0.3,), marks=pytest.mark.slow),
     ],

@@ -174,6 +174,7 @@ def test_paths_that_come_once_are_not_captured(captured, given):
     assert recorders[0].calls[len(calls) :].count("capture") == 0
 
 
+@pytest.mark.slow
 def test_a_path_that_comes_again_is_captured_and_lets_the_one_before_go(captured, given):
     plain, sampler, recorders = captured
     paths = drawn(2, seed=3)

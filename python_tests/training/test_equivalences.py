@@ -61,18 +61,12 @@ def reference(model, tmp_path_factory):
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "way"),
     [
-        (torch.float64, "accelerated and replayed"),
-        *(
-            pytest.param(dtype, way, marks=pytest.mark.slow)
-            for dtype, ways in {
-                torch.float64: ("accumulated", "replayed", "accelerated"),
-                torch.float32: ("accumulated", "accelerated and replayed"),
-            }.items()
-            for way in ways
-        ),
+        *((torch.float64, way) for way in ("accumulated", "replayed", "accelerated")),
+        *((torch.float32, way) for way in ("accumulated", "accelerated and replayed")),
     ],
     ids=str,
 )

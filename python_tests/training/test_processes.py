@@ -15,8 +15,8 @@ from processes import launch
 from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
-# The others take half of the time, and share what they do with these.
-LEFT_TO_TEST_ALL = () if os.environ.get("RFTCORE_TEST_ALL") == "1" else ("dpok", "rwr")
+# The others take most of the time, and share what they do with this one.
+LEFT_TO_TEST_ALL = () if os.environ.get("RFTCORE_TEST_ALL") == "1" else ("draft", "dpok", "rwr")
 ALGORITHMS = [name for name in train_alike.TRAIN if name not in LEFT_TO_TEST_ALL]
 # accelerate's own --cpu starts one process; --multi_gpu is its name for torchrun, with gloo where there is no GPU.
 LAUNCH = [

@@ -26,8 +26,7 @@ ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{HERE}{os.pathsep}{HERE.parents[1]}
 def found(model, tmp_path_factory):
     """What became of runs on two processes, by what failed in their 3rd step on the second of them."""
     folder, configs = tmp_path_factory.mktemp("ranks"), []
-    failing = ["kill", *(["signal", "raise", "nan"] if os.environ.get("RFTCORE_TEST_ALL") == "1" else [])]
-    for name in ("whole", *failing):
+    for name in ("whole", "raise", "kill", "nan", "signal"):
         values = tiny.values(
             model, folder / name, train={"max_train_steps": 4, "batch_size": 8}, checkpointing_steps=2,
             sampling={"eta": 1.0}, eval={"lora_scales": []}, reward={"function": "rank_worker.noisy"},
@@ -40,23 +39,16 @@ def found(model, tmp_path_factory):
     return folder, json.loads((folder / "found.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "statuses", "first", "second"),
     [
-        pytest.param(
-            "raise", [1, 1], "process 1 failed: the reward is broken; this is process 0",
-            "ZeroDivisionError: the reward", marks=pytest.mark.slow,
-        ),
+        ("raise", [1, 1], "process 1 failed: the reward is broken; this is process 0", "ZeroDivisionError: the reward"),
         ("kill", [1, -signal.SIGKILL], "another process ended, or cannot be reached", ""),
-        pytest.param(
-            "nan", [1, 1], "process 1 failed: after step 2: reward 'noisy' returned nan for",
-            "checkpoint-2 is the last", marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            "signal", [128 + signal.SIGTERM] * 2, "SIGTERM: saved", "saving after this step", marks=pytest.mark.slow
-        ),
+        ("nan", [1, 1], "process 1 failed: after step 2: reward 'noisy' returned nan for", "checkpoint-2 is the last"),
+        ("signal", [128 + signal.SIGTERM] * 2, "SIGTERM: saved", "saving after this step"),
     ],
-)  # fmt: skip
+)
 def test_one_process_fails_and_both_end(found, how, statuses, first, second):
     _, all_found = found
     run = all_found[how]
@@ -66,7 +58,8 @@ def test_one_process_fails_and_both_end(found, how, statuses, first, second):
     assert run["seconds"] < 60
 
 
-@pytest.mark.parametrize("how", ["kill", pytest.param("signal", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["kill", "signal"])
 def test_two_processes_stopped_and_resumed_are_two_that_were_not(found, how):
     """Each draws from its own global generator in every step: the random numbers of both go on as they were."""
     folder, all_found = found

@@ -72,7 +72,7 @@ def gradients(unet):
 
 
 @pytest.mark.covering(1)
-@pytest.mark.parametrize("kind", tiny_models.BUILDERS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("trained", ["lora", "full"])
 def test_every_module_learns_and_accelerated_gradients_are_stocks(folders, kind, trained):
     found = []
