@@ -52,7 +52,7 @@ def test_stocks_gradients_in_fp64_are_ours_in_fp64():
     assert (ours - exact).norm() < 1e-9 * exact.norm()
 
 
-@pytest.mark.parametrize("name", ["stock+steps", "rftcore"])
+@pytest.mark.parametrize("name", [pytest.param("stock+steps", marks=pytest.mark.slow), "rftcore"])
 def test_what_is_counted_without_data_is_what_a_run_takes(name, drafts, monkeypatch):
     options = asked()
     settled = drafts.settle(method(name), {}) if method(name).planned else None

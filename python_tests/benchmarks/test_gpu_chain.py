@@ -33,6 +33,10 @@ CPU = torch.device("cpu")
 GIB = 2**30
 
 
+# Of a machine with a GPU, emulated here: half a minute.
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture
 def emulated(monkeypatch):
     """Graphs are captured on the CPU, as the sampler's own tests emulate them."""
@@ -73,7 +77,6 @@ def bench(seconds=1e9):
     return Bench(TINY, CPU, 1, seconds)
 
 
-@pytest.mark.slow
 def test_every_case_is_run(emulated, run):
     rows = run()
     assert [row for row in rows if "error" in row] == []

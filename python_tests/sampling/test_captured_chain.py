@@ -50,7 +50,9 @@ def step(unet, sampler, given, seed):
 
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("plan", PLANS)
-@pytest.mark.parametrize("kind", ["sd1", "sdxl", "unconditional"])
+@pytest.mark.parametrize(
+    "kind", ["sd1", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sdxl", "unconditional"))]
+)
 def test_captured_chains_are_plain_ones_bit_for_bit(kind, plan, samplers, conditioning):
     """Over five chains, with other prompts, other noise and, in place, other weights."""
     unet, plain, captured, recorder = samplers(kind, plan=PLANS[plan], eta=0.5)

@@ -205,7 +205,9 @@ def rollout(unet, given, batch, **options):
 
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", ["sd1", "sdxl", "unconditional"])
+@pytest.mark.parametrize(
+    "kind", ["sd1", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sdxl", "unconditional"))]
+)
 def test_a_step_that_is_scored_again_is_the_sampled_one_bit_for_bit(kind, dtype, make_unet, conditioning):
     """Made once of 8 times, an embedding rounds otherwise than made of one: both ways have to make it of 8."""
     unet = rftcore.accelerate(make_unet(kind, dtype))

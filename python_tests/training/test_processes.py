@@ -15,9 +15,6 @@ from processes import launch
 from safetensors.torch import load_file
 
 HERE = Path(__file__).parent
-# The others take most of the time, and share what they do with this one.
-LEFT_TO_TEST_ALL = () if os.environ.get("RFTCORE_TEST_ALL") == "1" else ("draft", "dpok", "rwr")
-ALGORITHMS = [name for name in train_alike.TRAIN if name not in LEFT_TO_TEST_ALL]
 # accelerate's own --cpu starts one process; --multi_gpu is its name for torchrun, with gloo where there is no GPU.
 LAUNCH = [
     sys.executable,
@@ -37,15 +34,16 @@ ENVIRONMENT = {
 }
 
 
-@pytest.fixture(scope="module", params=["fp64", pytest.param("fp32", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["fp64", "fp32"])
 def trained(request, model, tmp_path_factory):
     """Folder of the runs of one process, "1", and of two, "2", and how near they should be."""
     folder = tmp_path_factory.mktemp("processes")
-    launch(HERE / "train_alike.py", folder, str(model), request.param, ",".join(ALGORITHMS))
+    launch(HERE / "train_alike.py", folder, str(model), request.param, ",".join(train_alike.TRAIN))
     return folder, {"fp64": 1e-11, "fp32": 1e-5}[request.param]
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", train_alike.TRAIN)
 def test_two_processes_train_what_one_trains(trained, algorithm):
     folder, bound = trained
     folders = [folder / name / algorithm for name in ("1", "2")]

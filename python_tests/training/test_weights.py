@@ -148,7 +148,7 @@ def test_adapters_off_is_the_base_model(folders, kind):
     assert bool((divergence > 0).all())
 
 
-@pytest.mark.parametrize("kind", tiny_models.BUILDERS)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("trained", ["lora", "full"])
 def test_what_is_saved_is_loaded_by_the_lines_that_say_how(folders, tmp_path, kind, trained):
     pipe = load(folders[kind])
