@@ -38,7 +38,7 @@ ENVIRONMENT = {
 def trained(request, model, tmp_path_factory):
     """Folder of the runs of one process, "1", and of two, "2", and how near they should be."""
     folder = tmp_path_factory.mktemp("processes")
-    launch(HERE / "train_alike.py", folder, str(model), request.param, ",".join(train_alike.TRAIN))
+    launch(HERE / "train_alike.py", folder, str(model), request.param)
     return folder, {"fp64": 1e-11, "fp32": 1e-5}[request.param]
 
 

@@ -44,8 +44,8 @@ def compare_gradients(trainer: Trainer, compared: list[int]) -> None:
     trainer.optimizer.optimizer.register_step_pre_hook(compare)
 
 
-def main(folder: Path, rank: int, model: str, dtype: str, algorithms: str) -> None:
-    for algorithm in algorithms.split(","):
+def main(folder: Path, rank: int, model: str, dtype: str) -> None:
+    for algorithm in TRAIN:
         pipeline = StableDiffusionPipeline.from_pretrained(model, safety_checker=None).to(DTYPES[dtype])
         trainer, compared = Trainer(config(algorithm, model, str(folder / algorithm)), pipeline=pipeline), []
         compare_gradients(trainer, compared)
