@@ -79,3 +79,9 @@ def test_an_option_nested_deeper_than_python_goes_is_refused():
         deep = [deep]
     with pytest.raises(RewardSpecError, match="option model=\\[.*it must be text"):
         rewards.load("aesthetic", options={"model": deep})
+
+
+@pytest.mark.parametrize("name", ["aesthetic", "hpsv2"])
+def test_a_model_by_a_name_that_no_file_can_have_is_refused(name):
+    with pytest.raises(RewardSpecError, match="model='x+': there is no such f"):
+        rewards.load(name, options={"model": "x" * 300})
