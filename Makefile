@@ -26,7 +26,7 @@ demo: setup
 	$(VENV)/bin/rftcore train draft --config digits_draft --output_dir runs/digits_draft-$$(date +%Y%m%d-%H%M%S)
 
 # A process a core, each on a thread of its own; the tests of a file stay together, and share what it sets up. Files in
-# conftest.py's order, the longest first.
+# conftest.py's order: first what others wait for.
 PYTEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder
 
 test: setup

@@ -5,6 +5,7 @@ import gc
 import os
 import random
 import shutil
+from importlib.util import find_spec
 
 import numpy
 import pytest
@@ -40,12 +41,18 @@ def pytest_configure(config):
         )
 
 
-# They take minutes, most of them in a few tests: begun last, they would be waited for.
-LONGEST = ("kernels/test_ahead_of_time.py", "blocks/test_triton.py", "ops/test_triton_backends.py")
+# The emulation of CUDA is built by the first of them, and others would wait for it; of those that take minutes in
+# test-all, begun last, the end would be waited for.
+FIRST = (
+    "ops/test_cuda_kernels.py",
+    "blocks/test_triton.py",
+    "kernels/test_ahead_of_time.py",
+    "ops/test_triton_backends.py",
+)
 
 
 def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: not item.nodeid.partition("::")[0].endswith(LONGEST))
+    items.sort(key=lambda item: not item.nodeid.partition("::")[0].endswith(FIRST))
     _leave_to_test_all(items)
     if os.environ.get("RFTCORE_TEST_ALL") != "1":
         skip = pytest.mark.skip(reason="slow: `make test-all` runs it")
@@ -86,6 +93,16 @@ def _shared_simulations(request):
     with pytest.MonkeyPatch.context() as monkeypatch:
         if request.module.__name__ not in OF_PLANS:
             shared_simulations.share(monkeypatch)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _interpreter():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+            import triton_interpreter  # not before it is settled how Triton runs
+
+            triton_interpreter.patch_language_once(monkeypatch)
         yield
 
 

@@ -9,6 +9,7 @@ from models import UNETS, add_lora
 from torch.distributed.fsdp import fully_shard
 
 import rftcore
+from rftcore.sampling import Plan
 
 BATCH, STEPS = 4, 3
 
@@ -26,8 +27,15 @@ def sampler_for(unet, **options):
     return rftcore.CheckpointedSampler(unet, scheduler, num_inference_steps=STEPS, guidance_scale=2.0, **options)
 
 
+def stored_and_replayed(images):
+    """The last step keeps its graph, two evaluate again, an image at a time: known without counting."""
+    return Plan(images, stored=(None, None, 0), levels=(None,), replay_level=None, replay_batch=1, differentiated=STEPS)
+
+
 def draft(unet, part, backward, **options):
     _, prompts, negatives, noise = problem()
+    if not options:
+        options["plan"] = stored_and_replayed(part.stop - part.start)
     latents = sampler_for(unet, **options)(prompts[part], negatives[part], latents=noise[part]).latents
     backward(latents.pow(2).flatten(1).mean(1).mean())
 

@@ -11,9 +11,10 @@ from planned import MODES, arguments_of, conditioning_of, planner_of, sampler_of
 import rftcore
 from rftcore.blocks import once, recompute
 from rftcore.counting import FLOPs, PeakBytes
+from rftcore.sampling import simulation
 from rftcore.sampling.denoiser import Denoiser
 from rftcore.sampling.plan import Plan
-from rftcore.sampling.planner import make_plan
+from rftcore.sampling.planner import Planner, make_plan
 from rftcore.sampling.simulation import decoding
 
 
@@ -96,6 +97,19 @@ def test_the_least_budget_is_the_least(planner):
     assert alone.plan(max(alone.least().values())).replay_level
     with pytest.raises(ValueError, match="a replay of one image takes .* Raise it, or make the resolution"):
         alone.plan(round(0.94 * max(alone.least().values())))
+
+
+def test_a_budget_that_is_too_small_is_told_soon(monkeypatch):
+    """What the largest part takes is looked for, and by few steps, each of which is a second's work for SD1.5."""
+    counted, count = [], simulation._count
+    monkeypatch.setattr(simulation, "_count", lambda *arguments: counted.append(1) or count(*arguments))
+    anew = simulation.Simulation(Denoiser(unet_of()), conditioning_of("sd1", 1), 8, 8, guided=True)
+    with pytest.raises(ValueError, match="decoding and the reward takes 1.0. GiB"):
+        Planner(anew, 1, MODES).plan(10**8, 2**30)
+    assert not counted
+    with pytest.raises(ValueError, match="a replay of one image takes"):
+        Planner(anew, 1, MODES).plan(400_000)
+    assert 1 < len(counted) <= 12
 
 
 def test_the_reserve_is_left_free_of_stored_steps(planner):

@@ -116,6 +116,8 @@ class Planner:
         # Of the sums of gradients.
         self._gradients = simulation.trained_bytes + self.constants.sums
         self._simulated: dict[int, Step] = {}
+        # Of a step of one image, by how many items it makes again.
+        self._peaks: dict[int, int] = {}
 
     def level(self, count: int) -> Level:
         """What the layers make again where the cheapest `count` items are."""
@@ -172,13 +174,16 @@ class Planner:
         return plan
 
     def least(self, reserve: int = 0) -> dict[str, int]:
-        """Bytes that are enough for each part of the chain, within 5% of the least; the largest must fit the budget."""
+        """Bytes that are enough for each part of the chain; the largest must fit the budget, and is within 5% of it."""
         least = self._sampling(reserve)
         if self.steps:
-            smallest = self.simulation.step(1, self.level(0)).peak
-            while (less := self._one_image(int(0.95 * smallest))[1]) is not None and less < smallest:
+            others = self.fixed + self._gradients + self._sliced(1)
+            enough = max(least.values()) - others
+            self._one_image(enough)
+            smallest = min(self._peaks.values())
+            while smallest > enough and (less := self._one_image(int(0.95 * smallest))[1]) is not None:
                 smallest = less
-            least["a replay of one image"] = self.fixed + self._gradients + smallest + self._sliced(1)
+            least["a replay of one image"] = others + smallest
         return least
 
     def longest(self, budget: int, reserve: int = 0) -> int:
@@ -202,7 +207,7 @@ class Planner:
         whole = self.step(0)
         if whole.peak <= room:
             return _Replay(self.batch, 0, whole.peak, 0.0)
-        one = self.simulation.step(1, self.level(0)).peak + self._sliced(1)
+        one = self._peak_of_one(0) + self._sliced(1)
         if one <= room:
             more = (whole.peak - one) / (self.batch - 1)
             for images in range(min(self.batch - 1, 1 + int((room - one) / more)), 0, -1):
@@ -224,14 +229,28 @@ class Planner:
 
     def _one_image(self, room: int) -> tuple[int, int | None]:
         """The fewest items that must be made again for a replay of one image to fit, and its peak, None: it cannot."""
-        count = 0
-        while (peak := self.simulation.step(1, self.level(count)).peak) > room:
+        while True:
+            count = self._fewest(room)
+            if (peak := self._peak_of_one(count)) <= room:
+                return count, peak
             if count == self.most:
                 return count, None
-            # What frees less cannot do: transients do not fall.
-            freed = self._freed[count] + (peak - room) * self.batch
-            count = min(self.most, bisect.bisect_left(self._freed, freed, count + 1))
-        return count, peak
+
+    def _fewest(self, room: int) -> int:
+        """Fewer items cannot be enough: transients do not fall, so that none frees less than a peak is too high by."""
+        count = 0
+        for known, peak in sorted(self._peaks.items()):
+            if known > count:
+                break
+            if peak > room:
+                freed = self._freed[known] + (peak - room) * self.batch
+                count = max(count, bisect.bisect_left(self._freed, freed, known + 1))
+        return min(count, self.most)
+
+    def _peak_of_one(self, count: int) -> int:
+        if count not in self._peaks:
+            self._peaks[count] = self.simulation.step(1, self.level(count)).peak
+        return self._peaks[count]
 
     def _limits(self, budget: int, reserve: int) -> list[int]:
         """How many items stored steps may make again at most: where much at a time is made again, room is lost."""
