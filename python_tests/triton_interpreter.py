@@ -14,7 +14,8 @@ def patch_language_once(monkeypatch):
         return launch(self, *args, **kwargs)
 
     def patched_once(function):
-        languages = {id(value) for value in function.__globals__.values() if value is language or value is language.core}
+        found = function.__globals__.values()
+        languages = {value.__name__ for value in found if value is language or value is language.core}
         if languages <= patched:
             return None  # and a call of a helper looks at nothing that is returned
         patched.update(languages)

@@ -28,7 +28,9 @@ def drafts():
     return Counter(asked())
 
 
-@pytest.mark.parametrize("work", ["train_step", "draft", "ddpo", "dpok"])
+@pytest.mark.parametrize(
+    "work", ["draft", "ddpo", *(pytest.param(each, marks=pytest.mark.slow) for each in ("train_step", "dpok"))]
+)
 def test_gradients_of_ours_are_as_near_to_fp64_as_stocks(work, drafts):
     options = asked(work=work, warmup="none")
     exact = Tasks(options).truth(method("stock"))
@@ -65,7 +67,8 @@ def test_what_is_counted_without_data_is_what_a_run_takes(name, drafts, monkeypa
     assert row["peak_mib"] == pytest.approx(drafts.count(method(name), settled)["peak_mib"], rel=1e-3)
 
 
-@pytest.mark.parametrize("name", [pytest.param("stock", marks=pytest.mark.slow), "rftcore"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["stock", "rftcore"])
 def test_a_policys_epoch_is_counted_without_data_too(name, monkeypatch):
     rows = []
     for with_data in (counted.SMALL, ()):

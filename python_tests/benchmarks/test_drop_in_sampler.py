@@ -61,6 +61,7 @@ def test_the_same_in_fp64(name, folder):
     assert seen[SAMPLER] and max(seen[SAMPLER].values()) < 1e-11
 
 
+@pytest.mark.slow
 def test_the_same_in_fp32(folder):
     _, seen = differences(COMPARISONS[Loop.name], folder, torch.float32)
     assert set(seen[SAMPLER]) == {"latents", "log_probs", "losses", "gradients"}
@@ -80,7 +81,10 @@ def test_the_last_step_has_noise_with_any_scheduler(folder):
 
 @pytest.mark.parametrize(
     "stock, wrong, columns",
-    [(LoopToOne, Unclamped, ["latents", "log_probs", "losses", "gradients"]), (Loop, Lost, ["losses", "gradients"])],
+    [
+        (LoopToOne, Unclamped, ["latents", "log_probs", "losses", "gradients"]),
+        pytest.param(Loop, Lost, ["losses", "gradients"], marks=pytest.mark.slow),
+    ],
 )
 def test_another_chain_or_loss_is_seen(stock, wrong, columns, folder):
     seen = seen_between(stock, wrong, folder, torch.float32)

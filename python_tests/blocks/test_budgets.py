@@ -77,7 +77,7 @@ def test_sd15_keeps(sd15, level):
 
 
 @pytest.mark.parametrize(
-    "level", ["none", "block", *(pytest.param(each, marks=pytest.mark.slow) for each in ("ff", "qkv"))]
+    "level", ["none", *(pytest.param(each, marks=pytest.mark.slow) for each in ("ff", "qkv", "block"))]
 )
 def test_sdxl_keeps(sdxl, level):
     rftcore.accelerate(sdxl[0], level)
@@ -157,7 +157,15 @@ def test_sd15_launches(sd15):
     assert forward.calls + backward.calls < 1300
 
 
-@pytest.mark.parametrize(("level", "peak"), [("none", 500), ("ff", 344), ("qkv", 252), ("block", 147)])
+@pytest.mark.parametrize(
+    ("level", "peak"),
+    [
+        ("none", 500),
+        pytest.param("ff", 344, marks=pytest.mark.slow),
+        pytest.param("qkv", 252, marks=pytest.mark.slow),
+        ("block", 147),
+    ],
+)
 def test_sd15_backward_peaks_at(sd15, level, peak):
     """A stage that is one program holds no more at a time than its layers one by one."""
     model, mode = sd15

@@ -66,7 +66,13 @@ def test_levels_are_as_good_as_stock_and_equal_each_other(kind, size, levels, la
     rftcore.restore(ours)
 
 
-@pytest.mark.parametrize("targets", [["to_q", "to_v"], ["to_q", "ff.net.0.proj"], ["ff.net.2"]])
+@pytest.mark.parametrize(
+    "targets",
+    [
+        ["to_q", "ff.net.0.proj"],
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (["to_q", "to_v"], ["ff.net.2"])),
+    ],
+)
 def test_the_bits_are_those_of_a_forward_without_a_graph(targets):
     """What a sample is drawn by and what it is scored again by: a gate is joined to its projection in both or neither."""
     unet = make(lora=False).requires_grad_(False)

@@ -122,6 +122,7 @@ def test_hub_names_are_known():
     assert {name: plan_recipe._model(name) for name in sizes} == sizes
 
 
+@pytest.mark.slow
 def test_a_rewards_bytes_are_its_checkpoints():
     """Parameters of the published towers, in fp32: ViT-L/14's 303.97 M and its projection, ViT-H/14 whole 986.1 M."""
     without = {name: reward_bytes(name, 512, gradient=False) for name in REWARDS if name in ("aesthetic", "pickscore")}

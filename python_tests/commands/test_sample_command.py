@@ -181,6 +181,7 @@ def test_a_grid_over_scales_of_a_mix_with_a_text_encoder(tmp_path, loras, text_l
             assert abs(cell - numpy.asarray(image.resize((side, side), Image.Resampling.NEAREST))).max() == 0
 
 
+@pytest.mark.slow
 def test_interpolation_between_two_loras(tmp_path, loras):
     """DRaFT's figure: from the first to the second, the ends being each alone."""
     arguments = [f"{loras[0]}:3", f"{loras[1]}:-4"]

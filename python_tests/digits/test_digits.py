@@ -303,6 +303,7 @@ def test_captions_are_true_of_the_weight_and_mostly_of_the_digit():
     assert {*captions} - {""} <= {*digits.train_prompts(), *digits.held_out_prompts()}
 
 
+@pytest.mark.slow
 def test_pretraining_repeats_bit_for_bit_and_loads(scans, tmp_path):
     from diffusers import StableDiffusionPipeline
     from transformers import CLIPTokenizer

@@ -178,8 +178,8 @@ def documented(name, config):
 LIKE_DRAFT = ("alignprop", "refl", "drtune")
 RUNS = [
     *(pytest.param(name, {}, marks=[pytest.mark.slow] * (name in LIKE_DRAFT), id=name) for name in ALGORITHMS),
-    pytest.param("ddpo", {"train.loss": "sf"}, id="ddpo, sf"),
-    pytest.param("sft", {"train.regulariser": "kl_o"}, id="sft, kl_o"),
+    pytest.param("ddpo", {"train.loss": "sf"}, marks=pytest.mark.slow, id="ddpo, sf"),
+    pytest.param("sft", {"train.regulariser": "kl_o"}, marks=pytest.mark.slow, id="sft, kl_o"),
 ]
 
 

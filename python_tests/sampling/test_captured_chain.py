@@ -48,8 +48,9 @@ def step(unet, sampler, given, seed):
     )]  # fmt: skip
 
 
-@pytest.mark.covering(1)
-@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize(
+    "plan", ["half", *(pytest.param(each, marks=pytest.mark.slow) for each in ("stored", "replayed"))]
+)
 @pytest.mark.parametrize(
     "kind", ["sd1", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sdxl", "unconditional"))]
 )

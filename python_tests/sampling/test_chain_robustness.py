@@ -154,7 +154,7 @@ CHANGES = {
 
 @pytest.mark.parametrize(
     "change",
-    [pytest.param(change, marks=pytest.mark.slow if place % 2 else []) for place, change in enumerate(CHANGES)],
+    [pytest.param(change, marks=pytest.mark.slow if place % 3 else []) for place, change in enumerate(CHANGES)],
 )
 def test_what_decides_about_memory_is_planned_anew(change, make_unet, conditioning):
     unet = rftcore.accelerate(make_unet(dtype=torch.float32, dropout=0.2))

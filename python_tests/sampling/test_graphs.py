@@ -48,7 +48,10 @@ def test_an_accelerated_unet(kind):
 
 @pytest.mark.parametrize(
     "options",
-    [pytest.param({"accelerated": False}, marks=pytest.mark.slow), {"recompute": "block"}, {"dtype": torch.bfloat16}],
+    [
+        {"dtype": torch.bfloat16},
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ({"accelerated": False}, {"recompute": "block"})),
+    ],
     ids=str,
 )
 def test_a_unet_otherwise(options):

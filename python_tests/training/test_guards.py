@@ -250,6 +250,7 @@ def test_scales_are_put_back_where_evaluating_fails(hacked):
     assert [dict(layer.scaling) for layer in model.modules() if hasattr(layer, "lora_A")] == scaling
 
 
+@pytest.mark.slow
 def test_resumed_run_measures_drift_from_the_same_images(model, tmp_path, hacked):
     """Same lines, alarms among them, and the same sweep: bit for bit."""
     folder, trainer, results = hacked

@@ -61,7 +61,7 @@ RUNS = [
     ("sdxl, another VAE", "ddpo"),
     ("lcm", "draft"),
     ("unconditional", "ddpo"),
-    ("lcm lora", "draft"),
+    pytest.param("lcm lora", "draft", marks=pytest.mark.slow),
     pytest.param("sd, fp16 variant", "ddpo", marks=pytest.mark.slow),
     pytest.param("sdxl turbo", "ddpo", marks=pytest.mark.slow),
     pytest.param("sd2, one file", "ddpo", marks=pytest.mark.slow),

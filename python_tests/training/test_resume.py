@@ -172,6 +172,7 @@ def test_checkpoint_that_cannot_be_written_leaves_the_earlier_ones(model, tmp_pa
     assert not list((tmp_path / "run").glob(".*"))
 
 
+@pytest.mark.slow
 def test_disk_full_in_mid_save_is_told_and_leaves_the_earlier_checkpoints(model, tmp_path, whole):
     """No file may grow beyond a few KiB: real writers fail, those of safetensors and of torch among them."""
     folder = tmp_path / "run"
@@ -261,6 +262,7 @@ def test_rotation_removes_the_oldest_and_those_of_a_future_that_is_made_again(tm
     assert (tmp_path / "checkpoint-best").exists()
 
 
+@pytest.mark.slow
 def test_run_that_was_only_begun_goes_on_from_its_first_step(model, tmp_path, whole):
     folder = tmp_path / "run"
 

@@ -96,6 +96,7 @@ def test_resumed_run_shows_no_step_twice(model, tmp_path):
     assert [event.step for event in shown.Images("eval/samples")] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_wandb_goes_on_with_the_same_run(model, tmp_path, install):
     recorder = install("wandb", Recorder)
     # Shown as a list of PIL's images, which is what the real one takes.
