@@ -1,12 +1,16 @@
 """One DRaFT step on the digits pipeline: ours against diffusers' scheduler with a checkpoint around every step.
 
 python -m benchmarks.draft_step [--batch 8] [--steps 20] [--repeats 5] [--threads 1]
+
+`rftcore` has the memory there is, and once the bytes that those checkpoints take. Its sampler is made before the first
+step, as in a training loop.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -15,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 import rftcore
 from benchmarks.harness import Case, compare, report
+from rftcore.counting import PeakBytes
 
 GUIDANCE = 2.0
 
@@ -53,11 +58,13 @@ class Problem:
         self.unet.zero_grad()
         return grads
 
-    def ours(self, backprop_steps: int) -> list[torch.Tensor]:
-        sampler = rftcore.CheckpointedSampler(
+    def sampler(self, backprop_steps: int, budget: int | None = None) -> rftcore.CheckpointedSampler:
+        return rftcore.CheckpointedSampler(
             self.unet, self.scheduler, num_inference_steps=self.steps, guidance_scale=GUIDANCE,
-            backprop_steps=backprop_steps,
+            backprop_steps=backprop_steps, memory_budget=budget,
         )  # fmt: skip
+
+    def ours(self, sampler: rftcore.CheckpointedSampler) -> list[torch.Tensor]:
         trajectory = sampler(self.positive, self.negative, latents=self.noise)
         rewards = rftcore.score(
             self.vae, trajectory.latents, rftcore.digits.reward, self.prompts, images_per_call=len(self.prompts)
@@ -104,20 +111,18 @@ def main() -> None:
     rows = []
     for k in (1, 5, arguments.steps):
         truth = exact.stock(k)
-        rows += compare(
-            [
-                Case(
-                    name,
-                    lambda run=run, k=k: run(k),
-                    {"backprop_steps": k, "gradient_error": relative_error(run(k), truth)},
-                )
-                for name, run in (
-                    ("stock, a checkpoint a step", problem.stock),
-                    ("rftcore", problem.ours),
-                )
-            ],
-            repeats=arguments.repeats,
-        )
+        with PeakBytes() as live:
+            problem.stock(k)
+        ways = {
+            "stock, a checkpoint a step": functools.partial(problem.stock, k),
+            "rftcore": functools.partial(problem.ours, problem.sampler(k)),
+            "rftcore, in the same bytes": functools.partial(problem.ours, problem.sampler(k, live.peak)),
+        }
+        cases = [
+            Case(name, run, {"backprop_steps": k, "gradient_error": relative_error(run(), truth)})
+            for name, run in ways.items()
+        ]
+        rows += compare(cases, repeats=arguments.repeats)
     report("draft_step", rows, vars(arguments))
 
 
