@@ -32,11 +32,12 @@ def stored_and_replayed(images):
     return Plan(images, stored=(None, None, 0), levels=(None,), replay_level=None, replay_batch=1, differentiated=STEPS)
 
 
-def draft(unet, part, backward, **options):
+def draft(unet, part, backward, backprop_steps=None):
+    """The whole chain by a given plan, the last steps by one that the ranks make together."""
     _, prompts, negatives, noise = problem()
-    if not options:
-        options["plan"] = stored_and_replayed(part.stop - part.start)
-    latents = sampler_for(unet, **options)(prompts[part], negatives[part], latents=noise[part]).latents
+    plan = stored_and_replayed(part.stop - part.start) if backprop_steps is None else None
+    sampler = sampler_for(unet, backprop_steps=backprop_steps, plan=plan)
+    latents = sampler(prompts[part], negatives[part], latents=noise[part]).latents
     backward(latents.pow(2).flatten(1).mean(1).mean())
 
 

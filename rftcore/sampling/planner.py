@@ -174,7 +174,7 @@ class Planner:
         return plan
 
     def least(self, reserve: int = 0) -> dict[str, int]:
-        """Bytes that are enough for each part of the chain; the largest must fit the budget, and is within 5% of it."""
+        """Bytes that are enough for each part of the chain; the largest must fit, and is within 5% of its least."""
         least = self._sampling(reserve)
         if self.steps:
             others = self.fixed + self._gradients + self._sliced(1)
