@@ -42,8 +42,10 @@ def test_what_has_no_time_left_says_so(run, tmp_path):
 
 def test_the_table_of_winners_can_be_read(run, tmp_path):
     run(tune, "--only", "geglu", "--out", str(tmp_path))
-    winners = measured.read(tmp_path / "cpu.json")
-    assert winners["geglu"]["torch.float16 8 x 64"].backend == "cpu"
+    key = "torch.float16 8 x 64"
+    won = measured.read(tmp_path / "cpu.json")["geglu"][key].backend
+    times = json.loads((tmp_path / "cpu.json").read_text())["winners"]["geglu"][key]["us"]
+    assert times.keys() == {"cpu", "triton", "torch"} and times[won] == min(times.values())
 
 
 def test_the_table_of_winners_names_every_op(run, tmp_path, monkeypatch):
