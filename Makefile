@@ -9,9 +9,11 @@ INSTALLED := $(VENV)/.rftcore-installed
 setup: $(INSTALLED)
 
 # Editable: a plain install would be shadowed by the source folder here, and the tests would miss the compiled code.
+# Bytecode is made on all cores, where pip takes one; some packages ship files that no Python compiles.
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt $(shell find csrc -type f)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[digits,tensorboard,test]"
+	$(VENV)/bin/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[digits,tensorboard,test]"
+	$(VENV)/bin/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $@
 
 # What looks at the code, and what builds it for others.

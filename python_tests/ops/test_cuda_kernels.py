@@ -11,8 +11,8 @@ import emulated_cuda
 import pytest
 import torch
 from checks import DTYPES, EMULATED, assert_as_good_as, laid_out, relative_error, value_and_gradients
+from steps import make_coefficients
 from test_group_norm_silu import make_inputs, ours, stock
-from test_sampler_step import make_coefficients
 
 from rftcore import build
 from rftcore.ops import sampler_step

@@ -5,9 +5,9 @@ from collections import Counter
 
 import pytest
 import torch
-from adapted import adapt, adapters_of, results
+from adapted import results
 from checks import DTYPES, LAYOUTS, assert_as_good_as, laid_out, relative_error, saved_by
-from torch import nn
+from queries_keys_values import arguments, make_grads, make_input, make_model, ours
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,7 +28,6 @@ from rftcore.ops.lora_linear import normalise, normalise_backward, project, proj
 from rftcore.ops.projections import flatten, restore
 
 BACKENDS = ["torch", "reference", "cpu"]
-# The module: the package's attribute of this name is the function.
 
 
 @pytest.fixture
@@ -49,54 +48,6 @@ def launched(monkeypatch):
 
     monkeypatch.setattr(compiled, "launch", spy)
     return names
-
-
-class Projections(nn.Module):
-    """Queries, keys and values of one input, of sizes of their own; one has a bias."""
-
-    def __init__(self, width=10, norm=True):
-        super().__init__()
-        self.norm = nn.LayerNorm(width) if norm else None
-        self.to_q, self.to_k, self.to_v = nn.Linear(width, 8), nn.Linear(width, 8, bias=False), nn.Linear(width, 14)
-        for parameter in self.parameters():
-            nn.init.normal_(parameter)
-
-    def forward(self, x):
-        n = x if self.norm is None else self.norm(x)
-        return self.to_q(n), self.to_k(n), self.to_v(n)
-
-
-def make_model(ranks=(3, 2), width=10, norm=True, trained=(), dtype=torch.float64, lora=None, **options):
-    """Projections of this dtype, with adapters; of the others, those parameters train whose name contains one given."""
-    model = Projections(width, norm).to(dtype).requires_grad_(False)
-    adapt(model, ranks, lora or dtype, **options)
-    for name, parameter in model.named_parameters():
-        if "lora" not in name:
-            parameter.requires_grad_(any(part in name for part in trained))
-    return model
-
-
-def arguments(model):
-    """The norm and the projections of a model, as our op takes them."""
-    projections = []
-    for layer in (model.to_q, model.to_k, model.to_v):
-        adapted = hasattr(layer, "base_layer")
-        base = layer.base_layer if adapted else layer
-        projections.append(Projection(base.weight, base.bias, adapters_of(layer) if adapted else ()))
-    norm = model.norm
-    return projections, None if norm is None else Norm(norm.weight, norm.bias, norm.eps)
-
-
-def ours(model, backend="torch"):
-    return lambda x: lora_linears(x, *arguments(model), backend=backend)
-
-
-def make_input(shape=(2, 5, 10), dtype=torch.float64, layout="contiguous"):
-    return laid_out(torch.randn(shape, dtype=torch.float64) * 2 + 1, layout).to(dtype).requires_grad_()
-
-
-def make_grads(model, x):
-    return [torch.randn_like(y) for y in model(x)]
 
 
 MODELS = [

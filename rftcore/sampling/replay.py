@@ -50,6 +50,21 @@ class _Replayed(torch.autograd.Function):
         return (None, *ctx.program.backward(leaves, saved, grads[: ctx.differentiable_count], needed))
 
 
+def check_differentiable(reached: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
+    """Raises ValueError unless something that the gradient reaches requires it, and everything can be saved for it."""
+    if not any(tensor.requires_grad for tensor in reached):
+        raise ValueError(
+            "a gradient is asked for (grad mode is on), but nothing that it reaches requires grad: add an adapter with "
+            "unet.add_adapter(LoraConfig(...)), or unet.requires_grad_(True); to run without a gradient use "
+            "torch.no_grad(), or sample with backprop_steps=0."
+        )
+    if any(tensor.is_inference() for tensor in leaves):
+        raise ValueError(
+            "latents or embeddings were made under torch.inference_mode, whose tensors no gradient can pass: make them "
+            "under torch.no_grad() instead."
+        )
+
+
 def check_reached(gradients: Sequence[Tensor | None], parameters: Mapping[str, nn.Parameter]) -> None:
     """Raises RuntimeError when trainable parameters were given and the replays reached none of them."""
     if parameters and all(gradient is None for gradient in gradients):

@@ -10,9 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from rftcore.ops.sampler_step import Coefficient
 from rftcore.sampling import replay
@@ -21,19 +19,18 @@ from rftcore.sampling.captures import Captures
 from rftcore.sampling.chain import Chain
 from rftcore.sampling.conditioning import Conditioning
 from rftcore.sampling.denoiser import Denoiser
-from rftcore.sampling.device_table import DeviceTable
+from rftcore.sampling.device_table import DeviceTables
 from rftcore.sampling.evaluations import Evaluations
+from rftcore.sampling.first_state import draw, first_state
 from rftcore.sampling.gradient_path import GUIDANCES, GradientPath
 from rftcore.sampling.merged import merged as merged_weights
 from rftcore.sampling.plan import Plan
 from rftcore.sampling.plans import Plans
-from rftcore.sampling.records import sent
-from rftcore.sampling.rescore import Rescore, Transition
 from rftcore.sampling.schedule import step_table
+from rftcore.sampling.scoring import Scoring
 from rftcore.sampling.trajectory import Trajectory
 from rftcore.sampling.transitions import Transitions
 
-REFERENCES = (None, "exact", "uniform")
 _MERGED_WITH_GRADIENT = (
     "merged=True under grad mode: merged weights carry no gradient to the adapters. Sample under torch.no_grad() or with "
     "backprop_steps=0, or without merged."
@@ -126,7 +123,8 @@ class CheckpointedSampler:
             "schedule": self.table.fingerprint,
             "cross_attention_kwargs": repr(dict(cross_attention_kwargs or {})),
         }
-        self._tables: dict[tuple, DeviceTable] = {}
+        self._tables = DeviceTables(self.table)
+        self._scoring = Scoring(self.denoiser, self._tables, self.guided, self.settings)
         self._evaluations = 0
 
     @property
@@ -189,7 +187,8 @@ class CheckpointedSampler:
         conditioning = self._conditioning(
             prompt_embeds, negative_prompt_embeds, added_cond_kwargs, negative_added_cond_kwargs
         )
-        latents = self._first_state(latents, batch_size, sample_size, conditioning, generator)
+        sizes = {"prompt_embeds": conditioning.batch_size, "batch_size": batch_size}
+        latents = first_state(self.denoiser, self.table.init_noise_sigma, latents, sample_size, sizes, generator)
         table = self.table.stopped(len(path.modes), path.output)
         joined = conditioning.joined()
         differentiate = torch.is_grad_enabled() and path.differentiates
@@ -200,14 +199,14 @@ class CheckpointedSampler:
                 raise ValueError(self.table.reason or _MERGED_WITH_GRADIENT)
             start = [latents] if path.reaches_start else []
             model = [*joined.values(), *parameters.values()] if path.reaches_model else []
-            _check_differentiable([*start, *model], leaves)
+            replay.check_differentiable([*start, *model], leaves)
             path = path.needed(start=latents.requires_grad)
         else:
             path = GradientPath(("none",) * len(path.modes), output=path.output)
         plan = None
         if differentiate:
             plan = self._plans.choose(latents, joined, parameters, path.modes, self._captures.bytes)
-        on_device = self._on(self.denoiser.device, len(path.modes), path.output)
+        on_device = self._tables.on(latents.device, latents.dtype, len(path.modes), path.output)
         # Tables are kept, and so an id is one's own.
         built_in = (path, plan and plan.work, id(on_device))
         chain = Chain(
@@ -233,7 +232,7 @@ class CheckpointedSampler:
             weights=on_device.weights,
             stochastic=table.stochastic,
             path=path,
-            draw_noise=lambda: _draw(latents.shape, generator, latents),
+            draw_noise=lambda: draw(latents.shape, generator, latents),
         )
         if differentiate:
             end, states, log_probs = self.denoiser.synchronised(lambda: replay.run(chain, leaves))
@@ -261,7 +260,7 @@ class CheckpointedSampler:
         Raises:
             ValueError: as `log_prob`.
         """
-        steps = [step for step, noisy in enumerate(self._stochastic(trajectory.settings)) if noisy]
+        steps = self._scoring.noisy(trajectory.settings)
         if not steps:
             return trajectory
         with torch.no_grad():
@@ -288,16 +287,7 @@ class CheckpointedSampler:
                 trainable under grad mode.
             IndexError: for a step out of range.
         """
-        self._check_scored("trajectory", trajectory, trajectory.states, reference)
-        numbers = trajectory.step_numbers(steps)
-        self._check_stochastic(numbers, trajectory.settings)
-        device = trajectory.states.device
-        samples = torch.arange(len(trajectory), device=device)
-        columns = [
-            self._transition(trajectory.states[taken, samples], trajectory.states[taken + 1, samples], taken)
-            for taken in sent(numbers, device).unbind(1)
-        ]
-        return self._scores(columns, trajectory.conditioning, trajectory.settings, reference)
+        return self._scoring.trajectory(trajectory, steps, reference)
 
     def transition_log_prob(
         self, transitions: Transitions, reference: str | None = None
@@ -317,14 +307,7 @@ class CheckpointedSampler:
             ValueError: for transitions of other settings or none at all, an unknown reference, a deterministic step,
                 or nothing trainable under grad mode.
         """
-        self._check_scored("transitions", transitions, transitions.x, reference)
-        if not len(transitions):
-            raise ValueError("transitions is empty; re-score at least one.")
-        self._check_stochastic(transitions.steps, transitions.settings)
-        steps = sent(transitions.steps, transitions.x.device)
-        column = self._transition(transitions.x, transitions.next_x, steps)
-        log_prob, divergence = self._scores([column], transitions.conditioning, transitions.settings, reference)
-        return log_prob[:, 0], None if divergence is None else divergence[:, 0]
+        return self._scoring.transitions(transitions, reference)
 
     def predict(
         self,
@@ -385,43 +368,6 @@ class CheckpointedSampler:
         self.denoiser.check_conditioning(conditioning)
         return self.denoiser.told(conditioning, self.settings["guidance_scale"])
 
-    def _first_state(
-        self,
-        latents: Tensor | None,
-        batch_size: int | None,
-        sample_size: int | tuple[int, int] | None,
-        conditioning: Conditioning,
-        generator: torch.Generator | Sequence[torch.Generator] | None,
-    ) -> Tensor:
-        sizes = {"prompt_embeds": conditioning.batch_size, "batch_size": batch_size}
-        sizes["latents"] = None if latents is None else latents.shape[0]
-        known = {name: size for name, size in sizes.items() if size is not None}
-        if not known:
-            raise ValueError("batch_size=None: say how many samples to draw, by batch_size= or latents=.")
-        if len(set(known.values())) > 1:
-            raise ValueError(f"the batch sizes do not agree: {known}; give one row for each sample.")
-        count = next(iter(known.values()))
-        if count < 1:
-            raise ValueError(f"the batch holds {count} samples; sample at least one.")
-        if isinstance(generator, Sequence) and len(generator) != count:
-            raise ValueError(f"generator is a list of {len(generator)} for {count} samples; give one, or one a sample.")
-        channels = self.denoiser.config.in_channels
-        if latents is not None:
-            if latents.ndim != 4 or latents.shape[1] != channels:
-                raise ValueError(f"latents has shape {tuple(latents.shape)}; the UNet takes (B, {channels}, h, w).")
-            if sample_size is not None:
-                raise ValueError(f"give latents or sample_size={sample_size}, not both: latents have their own.")
-            latents = latents.to(self.denoiser.device, self.denoiser.state_dtype)
-        else:
-            size = sample_size if sample_size is not None else self.denoiser.config.sample_size
-            if size is None:
-                raise ValueError("sample_size=None and the UNet's config has none; give the latents' (h, w).")
-            height, width = (size, size) if isinstance(size, int) else size
-            like = torch.empty((), dtype=self.denoiser.state_dtype, device=self.denoiser.device)
-            latents = _draw((count, channels, height, width), generator, like)
-        sigma = self.table.init_noise_sigma
-        return latents if sigma == 1.0 else latents * sigma
-
     def _check_path(self, path: GradientPath) -> None:
         if not isinstance(path, GradientPath):
             raise ValueError(
@@ -430,18 +376,9 @@ class CheckpointedSampler:
             )
         path.check_length(len(self.table))
 
-    def _on(self, device: torch.device, steps: int, output: str) -> DeviceTable:
-        """The table of a chain on a device, copied to it once."""
-        key = (device, self.denoiser.state_dtype, steps, output)
-        if key not in self._tables:
-            # The copy outlives this call, which may be made under inference mode, or one that counts.
-            with torch.inference_mode(False), _disable_current_modes():
-                self._tables[key] = DeviceTable.of(self.table.stopped(steps, output), device, key[1])
-        return self._tables[key]
-
     def _input_scale(self, t: Tensor, x_t: Tensor) -> Tensor | float:
         """What a state is multiplied by for the model at time t; NaN at a time that no step has."""
-        table = self._on(x_t.device, len(self.table), "latents")
+        table = self._tables.on(x_t.device, self.denoiser.state_dtype)
         if table.input_scales is None:
             return 1.0
         # (B, T): without waiting for t.
@@ -454,115 +391,6 @@ class CheckpointedSampler:
         extra = self.denoiser.extra.get("cross_attention_kwargs", {})
         return merged_weights(self.denoiser.module, extra.get("scale", 1.0))
 
-    def _stochastic(self, settings: Mapping[str, Any]) -> tuple[bool, ...]:
-        """Of each step of a trajectory with these settings, whether it has noise."""
-        return self.table.stopped(settings["steps_taken"], settings["output"]).stochastic
-
-    def _check_scored(self, name: str, scored: Trajectory | Transitions, states: Tensor, reference: str | None) -> None:
-        """Raises ValueError unless these states can be scored by this sampler."""
-        if not self.table.differentiable:
-            raise ValueError(self.table.reason)
-        if reference not in REFERENCES:
-            raise ValueError(f"reference={reference!r} is not known; allowed are None, 'exact' and 'uniform'.")
-        scored.check_settings(self.settings)
-        if states.device != self.denoiser.device:
-            raise ValueError(f"{name} on {states.device} and the UNet on {self.denoiser.device}: call .to(...) first.")
-        if torch.is_grad_enabled() and states.is_inference():
-            raise ValueError(
-                f"{name} was sampled under torch.inference_mode, whose tensors no gradient can pass: sample under "
-                "torch.no_grad() instead (or with backprop_steps=0), or re-score under torch.no_grad()."
-            )
-        if states.dtype != self.denoiser.state_dtype:
-            raise ValueError(
-                f"{name}'s states are {states.dtype} and this UNet's would be "
-                f"{self.denoiser.state_dtype}; re-score with a UNet of the dtype that sampled."
-            )
-
-    def _check_stochastic(self, steps: Tensor, settings: Mapping[str, Any]) -> None:
-        """Raises unless each of these steps is one of a chain of `settings`, and has noise."""
-        stochastic = self._stochastic(settings)
-        for step in sorted(set(steps.flatten().tolist())):
-            if not 0 <= step < len(stochastic):
-                raise IndexError(f"steps holds {step}; the chain had steps 0 to {len(stochastic) - 1}.")
-            if not stochastic[step]:
-                possible = [index for index, noisy in enumerate(stochastic) if noisy]
-                advice = "sample with eta > 0" if self.table.eta is not None else "sample with DDIM and eta > 0"
-                advice = f"steps with noise are {_spans(possible)}" if possible else advice
-                raise ValueError(
-                    f"steps holds {step}, which is deterministic (sigma = 0) and has no log-probability; {advice}."
-                )
-
-    def _transition(self, x: Tensor, next_x: Tensor, steps: Tensor) -> Transition:
-        """Step steps[n] (N,) from x[n] to next_x[n] (N, C, h, w), all on one device."""
-        table = self._on(x.device, len(self.table), "latents")
-        return Transition(
-            x=x,
-            next_x=next_x,
-            steps=steps,
-            t=table.timesteps[steps],
-            coefficients=table.coefficients[steps],
-            input_scales=None if table.input_scales is None else table.input_scales[steps],
-        )
-
-    def _scores(
-        self,
-        columns: Sequence[Transition],
-        conditioning: Conditioning,
-        settings: Mapping[str, Any],
-        reference: str | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Log-probabilities and divergences (N, S) of S transitions of N rows each, which share their conditioning."""
-        joined = conditioning.joined()
-        parameters = self.denoiser.trainable() if torch.is_grad_enabled() else {}
-        leaves = [*joined.values(), *parameters.values()]
-        rescore = Rescore(
-            denoiser=self.denoiser,
-            transitions=columns,
-            timesteps=self._on(columns[0].x.device, settings["steps_taken"], "latents").timesteps,
-            guided=self.guided,
-            names=list(joined),
-            parameters=parameters,
-            reference=reference,
-        )
-        if not torch.is_grad_enabled():
-            scores, _, _ = rescore.forward(leaves)
-        else:
-            _check_differentiable(leaves, leaves)
-            run = rescore.direct if len(columns) == 1 else lambda leaves: replay.run(rescore, leaves)
-            scores = self.denoiser.synchronised(lambda: run(leaves))
-        return scores[0], None if reference is None else scores[1]
-
 
 def _is_finite(value: object) -> bool:
     return isinstance(value, numbers.Real) and math.isfinite(value)
-
-
-def _draw(shape: Sequence[int], generator: torch.Generator | Sequence[torch.Generator] | None, like: Tensor) -> Tensor:
-    generator = list(generator) if isinstance(generator, Sequence) else generator
-    return randn_tensor(tuple(shape), generator=generator, device=like.device, dtype=like.dtype)
-
-
-def _check_differentiable(reached: Sequence[Tensor], leaves: Sequence[Tensor]) -> None:
-    """Raises ValueError unless something that the gradient reaches requires it, and everything can be saved for it."""
-    if not any(tensor.requires_grad for tensor in reached):
-        raise ValueError(
-            "a gradient is asked for (grad mode is on), but nothing that it reaches requires grad: add an adapter with "
-            "unet.add_adapter(LoraConfig(...)), or unet.requires_grad_(True); to run without a gradient use "
-            "torch.no_grad(), or sample with backprop_steps=0."
-        )
-    if any(tensor.is_inference() for tensor in leaves):
-        raise ValueError(
-            "latents or embeddings were made under torch.inference_mode, whose tensors no gradient can pass: make them "
-            "under torch.no_grad() instead."
-        )
-
-
-def _spans(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] -> "0-2, 5"."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and number == spans[-1][1] + 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
