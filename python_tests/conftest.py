@@ -18,6 +18,8 @@ from rftcore import build
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+TEST_ALL = os.environ.get("RFTCORE_TEST_ALL") == "1"
+
 
 def missing_modules() -> list[str]:
     """Compiled modules that should serve these tests and do not, in words."""
@@ -34,11 +36,22 @@ def missing_modules() -> list[str]:
 def pytest_configure(config):
     # The models of the tests are tiny: a second thread costs them more than it brings, and tests can run side by side.
     torch.set_num_threads(1)
+    if not TEST_ALL:
+        _draw_the_same_examples()
     if missing := missing_modules():
         raise pytest.UsageError(
             f"The tests would pass without testing the compiled code: {'; '.join(missing)}. "
             "Install the package first: `pip install -e .`, or `make test`, which does."
         )
+
+
+def _draw_the_same_examples():
+    """test-all goes on looking for examples that fail. Machines that only test kernels may lack Hypothesis."""
+    if find_spec("hypothesis"):
+        from hypothesis import settings
+
+        settings.register_profile("same", derandomize=True, database=None)
+        settings.load_profile("same")
 
 
 # The emulation of CUDA is built by the first of them, and others would wait for it; of those that take minutes in
@@ -54,7 +67,7 @@ FIRST = (
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: not item.nodeid.partition("::")[0].endswith(FIRST))
     _leave_to_test_all(items)
-    if os.environ.get("RFTCORE_TEST_ALL") != "1":
+    if not TEST_ALL:
         skip = pytest.mark.skip(reason="slow: `make test-all` runs it")
         for item in items:
             if "slow" in item.keywords:
