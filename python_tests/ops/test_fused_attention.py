@@ -44,6 +44,15 @@ def test_a_sign_and_a_positive_scale():
     assert [fused_attention._sign(scale) for scale in (0.5, -0.5, 0.0)] == [(1, 0.5), (-1, 0.5), (0, 1.0)]
 
 
+def test_few_keys_are_ours_where_nothing_was_measured():
+    """However many heads and queries there are; of more, the order that is written down decides."""
+    few = fused_attention._FEW_KEYS
+    for heads, queries in ((1, 1), (few + 1, few + 1)):
+        q = torch.empty(1, heads, queries, 8)
+        answers = [fused_attention.heuristic(q, *[torch.empty(1, heads, keys, 8)] * 2) for keys in (1, few, few + 1)]
+        assert answers == ["triton", "triton", None]
+
+
 def test_few_keys_have_a_kernel_of_their_own():
     """However many heads, images and queries there are."""
     pytest.importorskip("rftcore.kernels.launch", reason="Triton is not installed", exc_type=ImportError)

@@ -7,6 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rftcore.ops import fused_linears, jit
+from rftcore.ops.backends import Op
+from rftcore.ops.lora_linear import lora_linears_forward
 from rftcore.ops.projections import Adapter, Norm, Projection
 
 needs_triton = pytest.mark.skipif(
@@ -69,6 +71,36 @@ def test_keys_tell_apart_what_is_measured_apart():
         "torch.float16, torch.float32, norm, 8 x 16 -> 8+6, r=2+0"
     )
     assert key(x.half(), pair, torch.float16) == "torch.float16, no norm, 8 x 16 -> 8+6, r=2+0"
+
+
+@needs_triton
+def test_measurements_are_asked_for_under_the_keys_they_are_kept_by(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    asked = []
+    monkeypatch.setattr(Op, "winner", lambda op, *question: asked.append((op.name, op.key(*question))))
+    x, pair = torch.randn(5, 16), (projection(8), projection(6, 0))
+    fused_linears.linears(x, None, pair, None, None)
+    fused_linears.gated(x, projection(), None, None, False)
+    assert asked == [
+        ("lora_linear", "torch.float32, no norm, 8 x 16 -> 8+6, r=2+0"),
+        ("gated_linear", "torch.float32, no norm, 8 x 16 -> 16, r=2"),
+    ]
+
+
+@needs_triton
+@pytest.mark.parametrize(("shape", "dtype", "joins"), [
+    ((5, 8), torch.float32, True), ((1, 8), torch.float32, False), ((5, 8), torch.float64, False),
+])  # fmt: skip
+def test_a_residual_of_the_outputs_shape_and_dtype_is_added_by_the_kernel(monkeypatch, shape, dtype, joins):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    run, given = fused_linears.linears, []
+    monkeypatch.setattr(
+        fused_linears, "linears", lambda x, residual, *others: (given.append(residual), run(x, residual, *others))[1]
+    )
+    x, residual, p = torch.randn(5, 16), torch.randn(*reversed(shape), dtype=dtype).T, projection(8)
+    ours, right = (lora_linears_forward(x, (p,), None, None, backend, residual)[0] for backend in ("triton", "torch"))
+    torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-5)
+    assert [each is residual for each in given] == [joins]
 
 
 def test_flops_are_those_of_the_products():

@@ -95,9 +95,10 @@ def test_an_input_that_needs_no_gradient(backend):
         assert max(relative_error(a, b) for a, b in zip(mine, exact, strict=True)) < 1e-12
 
 
+@pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("backend", ["torch", "cpu"])
-def test_each_gradient_alone(backend):
-    model, x = make_model(trained=("norm", "weight", "bias")), make_input()
+def test_each_gradient_alone(backend, norm):
+    model, x = make_model(norm=norm, trained=("norm", "weight", "bias")), make_input()
     grads = make_grads(model, x)
     together = results(ours(model, backend), model, x, grads)[3:]
     for i, expected in enumerate(together):
@@ -222,7 +223,7 @@ def test_one_projection():
     model, x = make_model(), make_input()
     projections, norm = arguments(model)
     for projection, expected in zip(projections, model(x), strict=True):
-        assert relative_error(lora_linear(x, projection, norm), expected) < 1e-14
+        assert relative_error(lora_linear(x, projection, norm=norm), expected) < 1e-14
 
 
 def test_the_primitives_of_a_layer_that_recomputes_its_projections():
@@ -243,22 +244,29 @@ def test_the_primitives_of_a_layer_that_recomputes_its_projections():
     assert max(relative_error(a, b) for a, b in zip(mine, exact, strict=True)) < 1e-13
 
 
-def test_autocast_runs_the_norm_in_fp32_on_other_devices_than_a_cpu():
+@pytest.mark.parametrize(
+    "affine", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.float32,), ()]
+)
+def test_autocast_runs_the_norm_in_fp32_on_other_devices_than_a_cpu(affine):
     """Its dtypes, without such a device: x of bf16, the norm and its gradient in fp32, the products in bf16."""
     model, x = (
         make_model(trained=("norm",), dtype=torch.float32).to("meta"),
         make_input(dtype=torch.bfloat16).to("meta"),
     )
     projections, norm = arguments(model)
+    norm = Norm(
+        *(torch.empty(10, dtype=dtype, device="meta") for dtype in affine), *[None] * (2 - len(affine)), norm.eps
+    )
     lower = torch.bfloat16
     needs = restore([False] * len(flatten(projections)), [[1.0] * len(p.adapters) for p in projections])
     with torch.no_grad():
         n, mean, inverse_deviation = normalise(x, norm, lower)
         outputs = project(n, projections, lower)
         grad_n, _ = project_backward(n, projections, outputs, True, needs, lower)
-        grads = normalise_backward(grad_n.view(n.shape), x, norm, mean, inverse_deviation, [True] * 3, lower)
+        wanted = [True, *(tensor is not None for tensor in norm[:2])]
+        grads = normalise_backward(grad_n.view(n.shape), x, norm, mean, inverse_deviation, wanted, lower)
     assert n.dtype == torch.float32 and all(y.dtype == lower for y in outputs)
-    assert [g.dtype for g in grads] == [lower, torch.float32, torch.float32]
+    assert [g.dtype for g in grads if g is not None] == [lower, *affine]
 
 
 @pytest.mark.parametrize("backend", ["torch", "cpu"])

@@ -43,6 +43,11 @@ def test_without_an_entry_the_order_decides(on_gpu):
     assert op_of(["first", "second"]).choose("auto", torch.empty(5, dtype=torch.float16)) == "first"
 
 
+def test_a_table_is_of_its_gpu_alone(on_gpu):
+    assert measured.winner("test_op", "torch.float16 8", on_gpu.device).backend == "second"
+    assert all(measured.winner("test_op", "torch.float16 8", torch.device(name)) is None for name in ("cpu", "meta"))
+
+
 def test_tile_sizes_come_with_the_winner_or_are_being_tried(on_gpu):
     won = op_of(["first", "second"]).winner(on_gpu)
     assert jit.config("geglu.Config", won) == jit.kernels("geglu").Config(1, 512, 8)
