@@ -273,6 +273,27 @@ def test_images_decoded_again_have_the_gradient_of_images_decoded_once(vae, clam
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-14)
 
 
+def test_one_part_is_decoded_once(vae, monkeypatch):
+    """Its graph is what the memory of one part is for; of several, each is decoded again for its gradient."""
+    model, calls = vae().requires_grad_(False), []
+    model.decoder.register_forward_hook(lambda *_: calls.append(1))
+    latents = torch.randn(2, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+    for images_per_call, expected in ((2, 1), (1, 4)):
+        calls.clear()
+        rftcore.decode(model, latents, images_per_call=images_per_call).sum().backward()
+        assert len(calls) == expected
+
+
+def test_second_derivatives_are_refused(vae):
+    """Of what is decoded again, or differentiated with the reward: they would be wrong, not slow."""
+    model = vae().requires_grad_(False)
+    latents = torch.randn(2, 4, 8, 8, dtype=torch.float64, requires_grad=True)
+    for made in (rftcore.decode(model, latents), rftcore.score(model, latents, brightness_of_top, ["x", "y"])):
+        (grad,) = torch.autograd.grad(made.square().sum(), latents, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            grad.sum().backward()
+
+
 def test_decoding_holds_the_graph_of_one_image(vae):
     model = vae(torch.float32).requires_grad_(False)
 

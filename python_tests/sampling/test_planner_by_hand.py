@@ -172,6 +172,8 @@ def test_the_hull_has_no_point_above_a_line_between_others():
     points = [_Point(0, 100, None), _Point(10, 95, 3), _Point(20, 20, 2), _Point(30, 25, 1), _Point(40, 0, 0)]
     assert _hull(points) == [points[0], points[2], points[4]]
     assert _hull([points[0], points[0]]) == [points[0]]
+    steep_then_flat = [_Point(0, 100, 2), _Point(1, 90, 1), _Point(100, 0, 0)]
+    assert _hull(steep_then_flat) == steep_then_flat
 
 
 def test_plans_that_contradict_themselves_are_refused():

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 import rftcore
 from benchmarks.memory import PeakBytes, saved_bytes
 from rftcore.sampling import Plan
+from rftcore.sampling.replay import GradientSum
 
 
 def make_gradients(sampler, given, noise, **options):
@@ -194,6 +195,22 @@ def test_scale_of_the_adapter(make_unet, make_scheduler, conditioning):
             if "lora_B" in name:
                 parameter.mul_(0.5)
     torch.testing.assert_close(half_latents, full(**given, latents=noise).latents)
+
+
+def test_many_small_gradients_are_not_lost_in_low_precision():
+    """In bf16 1 + 2^-9 is 1; what autograd handed out first is not added to."""
+    like = [torch.ones((), dtype=dtype) for dtype in (torch.bfloat16, torch.float64, torch.float32)]
+    total, first = GradientSum(like), [like[0].clone(), like[1].clone(), None]
+    total.add(first)
+    for _ in range(256):
+        total.add([like[0] * 2**-9, None, None])
+    low, wide, none = total.result()
+    assert low.dtype == torch.bfloat16 and low.item() == 1.5 and first[0].item() == 1
+    assert wide.dtype == torch.float64 and wide.item() == 1 and none is None
+    total.add([None, first[1], None])
+    assert total.result()[1].item() == 2 and first[1].item() == 1
+    total.clear()
+    assert total.result()[0].item() == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)])
