@@ -124,9 +124,8 @@ def test_metadata_and_prompts_arrive(vae):
         seen.append((list(prompts), list(metadata)))
         return images.mean((1, 2, 3))
 
-    rftcore.score(
-        vae(), torch.randn(3, 4, 8, 8, dtype=torch.float64), reward, list("abc"), [1, 2, 3], images_per_call=2
-    )
+    latents = torch.randn(3, 4, 8, 8, dtype=torch.float64)
+    rftcore.score(vae=vae(), latents=latents, reward=reward, prompts=list("abc"), metadata=[1, 2, 3], images_per_call=2)
     assert seen == [(["a", "b"], [1, 2]), (["c"], [3])]
 
 

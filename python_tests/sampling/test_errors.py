@@ -1,5 +1,7 @@
 """The mistakes a user of the sampler makes, and what it answers."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import HeunDiscreteScheduler, UNet2DConditionModel
@@ -64,6 +66,10 @@ def test_unknown_scheduler(build, make_scheduler):
         build(scheduler=Mine())
 
 
+def test_fifty_steps_unless_told_otherwise(make_unet, make_scheduler):
+    assert rftcore.CheckpointedSampler(make_unet(), make_scheduler()).settings["num_inference_steps"] == 50
+
+
 def test_scheduler_is_not_changed(build, make_scheduler):
     scheduler = make_scheduler(fp64=False)
     before = scheduler.timesteps.clone()
@@ -75,6 +81,11 @@ def test_unknown_models(make_scheduler):
     scheduler = make_scheduler(fp64=False)
     with pytest.raises(TypeError, match="unet=Linear is not a diffusers UNet"):
         rftcore.CheckpointedSampler(torch.nn.Linear(1, 1), scheduler)
+    for channels in ("in_channels", "out_channels"):  # of a model that has but one of the two
+        other = torch.nn.Linear(1, 1)
+        other.config = SimpleNamespace(**{channels: 4})
+        with pytest.raises(TypeError, match="unet=Linear is not a diffusers UNet"):
+            rftcore.CheckpointedSampler(other, scheduler)
     with pytest.raises(TypeError, match="got str"):
         rftcore.CheckpointedSampler("unet", scheduler)
     inpainting = UNet2DConditionModel(
@@ -107,6 +118,11 @@ def embeds(batch=2, tokens=5):
      {"prompt_embeds": embeds(), "negative_prompt_embeds": embeds(),
       "added_cond_kwargs": {"text_embeds": torch.randn(2, 10), "time_ids": torch.randn(2, 6)}},
      r"negative_added_cond_kwargs lacks \['text_embeds'\]"),
+    ("sdxl", {"guidance_scale": 2.0},
+     {"prompt_embeds": embeds(), "negative_prompt_embeds": embeds(),
+      "added_cond_kwargs": {"time_ids": torch.randn(2, 6)},
+      "negative_added_cond_kwargs": {"text_embeds": torch.randn(2, 10)}},
+     r"negative_added_cond_kwargs has \['text_embeds'\], which added_cond_kwargs lacks"),
     ("sdxl", {}, {"prompt_embeds": embeds(), "added_cond_kwargs": {"text_embeds": torch.randn(1, 10)}}, "differ"),
     ("unconditional", {}, {}, "batch_size=None"),
     ("unconditional", {}, {"prompt_embeds": embeds()}, "UNet2DModel is unconditional"),

@@ -1,10 +1,12 @@
 """Memory that is free: of the machine, of the control groups that limit a process, of the rank that has least."""
 
+from types import SimpleNamespace
+
 import psutil
 import pytest
 import torch
 
-from rftcore.sampling import free_memory
+from rftcore.sampling import free_memory, plans
 
 
 def group(folder, limit, used, cached, version):
@@ -73,3 +75,18 @@ def test_the_least_of_all_ranks_counts(one_process, monkeypatch):
     monkeypatch.setattr(torch.distributed, "all_reduce", reduced)
     assert free_memory.free_memory(torch.device("cpu")) == 123
     assert asked[0][0] > 0 and asked[0][1] == torch.distributed.ReduceOp.MIN
+
+
+def test_ranks_wait_for_each_other_once(monkeypatch):
+    """At the first chain, which all of them have; later ones plan with no more than what was the least then."""
+    answers = iter([100, 70, 200])
+    asked = []
+
+    def free(device, of_all_ranks=True):
+        asked.append(of_all_ranks)
+        return next(answers)
+
+    monkeypatch.setattr(plans, "free_memory", free)
+    made = plans.Plans(SimpleNamespace(ddp=object()), None, None, None, guided=False)
+    assert [made._free(torch.device("cpu")) for _ in range(3)] == [100, 70, 100]
+    assert asked == [True, False, False]

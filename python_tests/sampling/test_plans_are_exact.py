@@ -65,6 +65,15 @@ def trained_prompts(given):
     return given
 
 
+def test_as_many_images_as_channels(make_unet, make_scheduler, conditioning):
+    """What belongs to some of the images is told from what belongs to all by their number alone."""
+    unet, given = make_unet(), trained_prompts(conditioning("sd1", 4))
+    noise, plan = torch.randn(4, 4, 8, 8, dtype=torch.float64), Plan.replayed(["full"] * STEPS, 4)
+    _, found = gradients(unet, make_scheduler(), given, noise, dataclasses.replace(plan, replay_batch=2))
+    _, wanted = expected(unet, make_scheduler(), given, noise)
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.covering(1)
 @pytest.mark.parametrize("kind", ["sd1", "sd2", "sdxl", "unconditional"])
 @pytest.mark.parametrize("accelerated", [False, True], ids=["stock", "accelerated"])
