@@ -72,5 +72,6 @@ def test_what_is_wrong_is_named():
     for n in (0, 4):
         with pytest.raises(ValueError, match=f"n={n} must lie in"):
             expected_best(torch.ones(3), n)
-    with pytest.raises(ValueError, match="one shape"):
-        expected_at_best(torch.ones(3), torch.ones(2), 1)
+    for others in (2, 4):
+        with pytest.raises(ValueError, match="one shape"):
+            expected_at_best(torch.ones(3), torch.ones(others), 1)

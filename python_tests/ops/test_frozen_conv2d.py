@@ -155,6 +155,12 @@ def test_without_gradients():
         assert torch.equal(y, expected) and not y.requires_grad
 
 
+def test_the_reference_is_pytorchs_own_convolution():
+    x, weight, bias = make_inputs(*CASES[0][:2])
+    nodes = [ours(CASES[0][2], backend)(x, weight, bias).grad_fn.name() for backend in BACKENDS]
+    assert nodes == ["_FrozenConv2dBackward", "ConvolutionBackward0"]
+
+
 def test_fake_meta_functorch_and_compiled():
     geometry = CASES[1][2]
     inputs = make_inputs(*CASES[1][:2], torch.float32)

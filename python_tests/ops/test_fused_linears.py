@@ -89,7 +89,7 @@ def test_measurements_are_asked_for_under_the_keys_they_are_kept_by(monkeypatch)
 
 @needs_triton
 @pytest.mark.parametrize(("shape", "dtype", "joins"), [
-    ((5, 8), torch.float32, True), ((1, 8), torch.float32, False), ((5, 8), torch.float64, False),
+    ((2, 5, 8), torch.float32, True), ((1, 5, 8), torch.float32, False), ((2, 5, 8), torch.float64, False),
 ])  # fmt: skip
 def test_a_residual_of_the_outputs_shape_and_dtype_is_added_by_the_kernel(monkeypatch, shape, dtype, joins):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -97,7 +97,7 @@ def test_a_residual_of_the_outputs_shape_and_dtype_is_added_by_the_kernel(monkey
     monkeypatch.setattr(
         fused_linears, "linears", lambda x, residual, *others: (given.append(residual), run(x, residual, *others))[1]
     )
-    x, residual, p = torch.randn(5, 16), torch.randn(*reversed(shape), dtype=dtype).T, projection(8)
+    x, residual, p = torch.randn(2, 5, 16), torch.randn(*reversed(shape), dtype=dtype).permute(2, 1, 0), projection(8)
     ours, right = (lora_linears_forward(x, (p,), None, None, backend, residual)[0] for backend in ("triton", "torch"))
     torch.testing.assert_close(ours, right, rtol=1e-5, atol=1e-5)
     assert [each is residual for each in given] == [joins]

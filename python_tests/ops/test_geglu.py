@@ -15,8 +15,9 @@ from checks import (
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from rftcore.ops import geglu
+from rftcore.ops import compiled, geglu
 from rftcore.ops.backends import OPS
+from rftcore.ops.geglu import geglu_backward, geglu_forward
 
 SHAPES = [(2,), (3, 14), (2, 5, 66), (1, 3, 2, 130)]
 
@@ -43,6 +44,14 @@ def test_results_and_gradients_are_exact_in_fp64(backend, layout, nan_filled):
             ours = value_and_gradients(lambda u: geglu(u, backend=backend), [u], g)
             exact = value_and_gradients(stock, [u], g)
             assert max(relative_error(a, b) for a, b in zip(ours, exact, strict=True)) < 1e-14
+
+
+def test_both_passes_run_the_compiled_code(monkeypatch):
+    launched, launch = [], compiled.launch
+    monkeypatch.setattr(compiled, "launch", lambda name, *others: (launched.append(name), launch(name, *others))[1])
+    u, grad = make_input((3, 14)).detach(), torch.randn(3, 7, dtype=torch.float64)
+    geglu_forward(u, "cpu"), geglu_backward(grad, u, "cpu")
+    assert launched == ["geglu_forward", "geglu_backward"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:])
