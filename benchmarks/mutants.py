@@ -264,20 +264,17 @@ def _measured_order(mutation: Mutation, found: dict[str, Any], stem: str, budget
     wanted = set(range(mutation.first, mutation.last + 1))
     if mutation.body:
         wanted = set(range(mutation.body[0], mutation.body[1] + 1))
-    direct: dict[str, list[str]] = {}
-    for any_line in (False, True):
-        for file, kept in found.items():
-            tests = kept["tests"]
-            direct[file] = [
-                test
-                for test, facts in tests.items()
-                if (reached := facts["lines"].get(mutation.file)) and (any_line or wanted & set(reached))
-            ]
-        if any(direct.values()):
-            break
-        # A line that runs when the module is imported belongs to every test that uses the module.
-        if not any(wanted & set(kept["imported"].get(mutation.file, ())) for kept in found.values()):
-            return [], 0.0
+    # A line that runs when the module is imported belongs to every test that uses the module, and not to the one alone
+    # that was the first of its file to do so.
+    any_line = any(wanted & set(kept["imported"].get(mutation.file, ())) for kept in found.values())
+    direct = {
+        file: [
+            test
+            for test, facts in kept["tests"].items()
+            if (reached := facts["lines"].get(mutation.file)) and (any_line or wanted & set(reached))
+        ]
+        for file, kept in found.items()
+    }
     files = sorted(
         (file for file in direct if direct[file]),
         key=lambda f: (stem not in Path(f).stem, sum(found[f]["tests"][t]["seconds"] for t in direct[f])),
