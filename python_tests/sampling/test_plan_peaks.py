@@ -7,11 +7,12 @@ import sys
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from planned import arguments_of, planner_of, sampler_of, unet_of
+from planned import arguments_of, conditioning_of, planner_of, sampler_of, unet_of
 
 import rftcore
 from rftcore import published
 from rftcore.counting import PeakBytes
+from rftcore.sampling.constants import make_constants
 from rftcore.sampling.denoiser import Denoiser
 from rftcore.sampling.planner import Planner
 from rftcore.sampling.simulation import Simulation
@@ -41,6 +42,16 @@ def test_the_predicted_peak_is_the_counted_one(kind, accelerated, shares):
                 sampler(**arguments, latents=noise).latents.sum().backward()
         assert live.peak == pytest.approx(plan.peak_bytes, rel=0.1), str(plan)
     assert len({(plan.extra_percent, plan.replay_batch) for plan in plans}) == len(shares)
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl", "unconditional"])
+def test_what_is_made_once_takes_what_it_is_predicted_to(kind):
+    unet, images, steps = unet_of(kind), 2, 3
+    denoiser, joined = Denoiser(unet), conditioning_of(kind, 2 * images if kind != "unconditional" else images)
+    made = make_constants(denoiser, torch.arange(steps), joined, {})
+    simulation = Simulation(denoiser, conditioning_of(kind, 1), 8, 8, guided=kind != "unconditional")
+    kept = sum(tensor.nbytes for group in (made.text, made.time) for tensor in group.values())
+    assert simulation.constants(images, steps).kept == kept > 0
 
 
 @pytest.mark.parametrize(
