@@ -9,15 +9,15 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 
 import rftcore
 from rftcore import GradientPath
-from rftcore.sampling import RewardError
+from rftcore.sampling import Plan, RewardError
 
 
 @pytest.fixture
 def setup(make_unet, make_scheduler, conditioning):
-    def make(**options):
+    def make(plan=None, **options):
         unet = make_unet(**options)
         sampler = rftcore.CheckpointedSampler(
-            unet, make_scheduler(), num_inference_steps=3, guidance_scale=2.0, eta=1.0
+            unet, make_scheduler(), num_inference_steps=3, guidance_scale=2.0, eta=1.0, plan=plan
         )
         return unet, sampler, conditioning("sd1")
 
@@ -43,9 +43,10 @@ CHANGES = {
 }
 
 
+@pytest.mark.parametrize("plan", [None, Plan.replayed(["full"] * 3, 2)], ids=["stored", "replayed"])
 @pytest.mark.parametrize("change", CHANGES)
-def test_modes_and_adapters_are_those_of_the_forward(setup, change):
-    unet, sampler, given = setup(dropout=0.5)
+def test_modes_and_adapters_are_those_of_the_forward(setup, change, plan):
+    unet, sampler, given = setup(plan, dropout=0.5)
     unet.peft_config = {"default": LoraConfig(r=2, lora_alpha=3)}
     unet._hf_peft_config_loaded = True
     expected = gradients(unet, sampler, given)
