@@ -272,7 +272,7 @@ def test_images_decoded_again_have_the_gradient_of_images_decoded_once(vae, clam
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-14)
 
 
-def test_one_part_is_decoded_once(vae, monkeypatch):
+def test_one_part_is_decoded_once(vae):
     """Its graph is what the memory of one part is for; of several, each is decoded again for its gradient."""
     model, calls = vae().requires_grad_(False), []
     model.decoder.register_forward_hook(lambda *_: calls.append(1))
